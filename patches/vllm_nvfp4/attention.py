@@ -1,0 +1,149 @@
+"""What the overlay changes in DeepSeek-V4's attention, for CPU and NVIDIA: three methods and two submodules.
+
+Upstream builds the compressor's projections and the indexer's weights_proj without a quantization method, and its NVIDIA
+path multiplies by `.weight` directly. The submodules are replaced after construction; the methods live in a mixin that is
+put in front of whatever attention class the platform chose.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from cutedsl.ops.wo_a import wo_a as wo_a_op
+from cutedsl.runners.wo_a import WoARunner
+from vllm import envs
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, UnquantizedLinearMethod
+from vllm.utils.multi_stream_utils import execute_in_parallel
+
+from vllm_nvfp4 import dump, platform
+from vllm_nvfp4.checkpoint import CheckpointError
+from vllm_nvfp4.wo_a import ModelOptNvFp4WoAMethod, input_scale_bound
+
+
+class Nvfp4AttentionMixin:
+    """Methods in front of an upstream attention class."""
+
+    nvfp4_wo_a_runner: WoARunner | None = None
+
+    def _o_proj(self, o: Any, positions: torch.Tensor) -> torch.Tensor:
+        """Inverse RoPE, wo_a and wo_b; upstream's own unless wo_a is in NVFP4."""
+        runner = self.nvfp4_wo_a_runner
+        if runner is None:
+            return super()._o_proj(o, positions)  # type: ignore[misc]
+        if get_forward_context().attn_metadata is None:
+            # Profile run: `o` is uninitialised memory.
+            return torch.zeros((o.shape[0], self.hidden_size), dtype=o.dtype, device=o.device)
+        return self.wo_b(wo_a_op(o.contiguous(), positions, self.rotary_emb.cos_sin_cache, runner.runner_id))
+
+    def _alloc_attn_out(self, num_tokens: int, hidden_states: torch.Tensor) -> Any:
+        """A plain BF16 buffer where our wo_a reads it: some NVIDIA layers would fuse an FP8 cast in here."""
+        if self.nvfp4_wo_a_runner is None:
+            return super()._alloc_attn_out(num_tokens, hidden_states)  # type: ignore[misc]
+        return hidden_states.new_empty((num_tokens, self.padded_heads, self.head_dim))
+
+    def _run_parallel_input_projections(self, hidden_states: torch.Tensor) -> tuple[Any, Any, Any, Any]:
+        """The four projections of the layer's input, through their modules instead of `.weight`.
+
+        kv scores are computed in BF16 and widened: NVFP4 kernels emit the activation's dtype.
+        """
+        streams = self.aux_stream_list[:3] if self.aux_stream_list is not None else None
+        projections: list[Any] = [None, None, None]
+        if self.compressor is not None:
+            projections[0] = lambda: kv_score(self.compressor, hidden_states)
+        if self.indexer is not None:
+            projections[1] = lambda: self.indexer.weights_proj(hidden_states)[0]
+            projections[2] = lambda: kv_score(self.indexer.compressor, hidden_states)
+        qr_kv, (main, weights, index) = execute_in_parallel(
+            lambda: self._fused_wqa_wkv_gemm(hidden_states),
+            projections,
+            self.ln_events[0],
+            self.ln_events[1:4],
+            streams,
+            enable=hidden_states.shape[0] <= envs.VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD,
+        )
+        return qr_kv, main, index, weights
+
+
+def kv_score(compressor: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """compressor.fused_wkv_wgate(hidden_states) in fp32; upstream's direct product where the weight is not quantized."""
+    projection = compressor.fused_wkv_wgate
+    if isinstance(projection.quant_method, UnquantizedLinearMethod):
+        return torch.mm(hidden_states, projection.weight.T, out_dtype=torch.float32)
+    return projection(hidden_states).float()
+
+
+@cache
+def overlay_class(base: type) -> type:
+    """`base` with the mixin in front; one class for each base."""
+    return type(f"Nvfp4{base.__name__}", (Nvfp4AttentionMixin, base), {})
+
+
+def adapt(attn: Any, quant_config: Any) -> None:
+    """Give an upstream attention layer NVFP4 projections and our methods; called once, before weights are loaded."""
+    attn.__class__ = overlay_class(type(attn))
+    if attn.compressor is not None:
+        _replace_fused(attn.compressor, quant_config)
+    if attn.indexer is not None:
+        _replace_fused(attn.indexer.compressor, quant_config)
+        _replace_weights_proj(attn.indexer, quant_config)
+    if isinstance(attn.wo_a.quant_method, ModelOptNvFp4WoAMethod):
+        # The CPU class wraps this method on the instance to pack a BF16 copy, which NVFP4 does not have.
+        attn.wo_a.quant_method.__dict__.pop("process_weights_after_loading", None)
+
+
+def _replace_fused(compressor: Any, quant_config: Any) -> None:
+    """The compressor's wkv + wgate, built again with a quantization method where the checkpoint has it quantized."""
+    prefix, old = f"{compressor.prefix}.fused_wkv_wgate", compressor.fused_wkv_wgate
+    compressor.fused_wkv_wgate = MergedColumnParallelLinear(
+        old.input_size,
+        list(old.output_sizes),
+        bias=False,
+        return_bias=False,
+        quant_config=quant_config,
+        disable_tp=True,
+        prefix=prefix,
+    )
+
+
+def _replace_weights_proj(indexer: Any, quant_config: Any) -> None:
+    """The indexer's head weights, likewise."""
+    old = indexer.weights_proj
+    indexer.weights_proj = ReplicatedLinear(
+        old.input_size, old.output_size, bias=False, quant_config=quant_config, prefix=f"{indexer.prefix}.weights_proj"
+    )
+
+
+def finish(attn: Any) -> None:
+    """After the load: build wo_a's runner, and make sure that RoPE's table is still fp32.
+
+    Raises: CheckpointError - a norm weight is not finite, so wo_a's activation bound is not; RuntimeError - the table was
+        rounded (positions beyond a few hundred would be wrong).
+    """
+    table = attn.rotary_emb.cos_sin_cache
+    if table.dtype != torch.float32:
+        raise RuntimeError(f"{attn.prefix}: RoPE's cos/sin table is {table.dtype}, expected float32; vLLM changed it")
+    method = attn.wo_a.quant_method
+    if not isinstance(method, ModelOptNvFp4WoAMethod):
+        return
+    layer = attn.wo_a
+    if layer.input_scale is None:
+        norms = [attn.kv_norm.weight] + ([attn.compressor.norm.weight] if attn.compressor is not None else [])
+        bound = input_scale_bound(norms, attn.head_dim)
+        if not 0 < bound < float("inf"):
+            raise CheckpointError(f"{attn.prefix}: kv_norm or compressor.norm gives wo_a the activation scale {bound}")
+        layer.input_scale = torch.nn.Parameter(torch.tensor([bound], device=layer.weight.device), requires_grad=False)
+    backend = platform.backend()
+    assert backend is not None  # ModelOptNvFp4WoAMethod refused to be built without one
+    attn.nvfp4_wo_a_runner = WoARunner(
+        f"{attn.prefix}.wo_a",
+        layer.weight.data,
+        layer.weight_scale.data,
+        layer.weight_scale_2.data.reshape(()),
+        layer.input_scale.data.reshape(()),
+        num_groups=attn.n_local_groups,
+        head_dim=attn.head_dim,
+        rope_dim=attn.rope_head_dim,
+        backend=backend,
+    )
+    dump.watch(attn.nvfp4_wo_a_runner)

@@ -1,0 +1,258 @@
+"""Checkpoint tensors into a model's parameters: any layout, both platforms, failing closed.
+
+vLLM's own loader scans a list of three entries an expert for each expert tensor, and lets a tensor that nothing asks for,
+or a parameter that nothing fills, pass. Here each name is parsed once, each parameter's shards are counted, and what is
+wrong is reported with the checkpoint's own tensor name.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+from vllm_nvfp4 import names
+from vllm_nvfp4.checkpoint import CheckpointError
+from vllm_nvfp4.scales import bad_block_scale, bad_global_scale
+
+logger = init_logger("vllm.nvfp4.loader")
+
+SHARD_OF_PROJECTION = {"w1": "w1", "w2": "w2", "w3": "w3"}
+
+
+class Loader:
+    """Routes tensors of one checkpoint into one model (the main model, or an MTP draft)."""
+
+    def __init__(self, model: torch.nn.Module, config: Any, quant_config: Any, *, is_mtp: bool = False) -> None:
+        self.model, self.config, self.quant_config, self.is_mtp = model, config, quant_config, is_mtp
+        self.params = dict(model.named_parameters())
+        self.loaded: dict[str, int] = {}
+        self.experts = self._index_experts()
+        self.num_ignored = 0
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load everything; returns the parameters that were filled.
+
+        Raises: CheckpointError - see `_route`, and `_check_complete` for what is still missing at the end.
+        """
+        for name, tensor in weights:
+            canonical = names.canonical(name, self.config.num_hidden_layers)
+            if canonical is None:
+                self.num_ignored += 1
+                continue
+            target = target_name(canonical, self.config.num_hidden_layers, self.is_mtp)
+            if target is None or is_pp_missing_parameter(target, self.model):
+                continue
+            check_scale_tensor(name, canonical, tensor)
+            self._route(name, target, tensor)
+            del tensor
+        self._check_complete()
+        if self.num_ignored:
+            logger.info("%d checkpoint tensors have no use in serving and were left out", self.num_ignored)
+        return set(self.loaded)
+
+    def _route(self, name: str, target: str, tensor: torch.Tensor) -> None:
+        """One tensor into its parameter.
+
+        Raises: CheckpointError - no parameter takes it, or its shape or dtype does not fit; the message has the
+            checkpoint's name for it.
+        """
+        expert = names.parse_expert(target)
+        if expert is not None:
+            self._load_expert(name, expert, tensor)
+            return
+        fused = names.fused(target)
+        param_name, shard = fused if fused is not None else (target, None)
+        param = self.params.get(param_name)
+        if param is None:
+            raise CheckpointError(f"{name} has no place in the model (looked for {param_name}); the model has no such module")
+        if ".shared_experts." in target:
+            tensor = self._pad_fp8_shared_expert(param_name, tensor)
+        if target.endswith(".attn_sink"):
+            tensor = self._own_heads(tensor)
+            param = param.data[: tensor.shape[0]]
+        loader = getattr(param, "weight_loader", default_weight_loader)
+        self._copy(name, param, tensor, loader, () if shard is None else (shard,))
+        self._count(param_name)
+
+    def _load_expert(self, name: str, expert: names.ExpertName, tensor: torch.Tensor) -> None:
+        """One expert's tensor into every local slot that holds the expert (EPLB may have several, EP none)."""
+        slots = self.experts.get((expert.layer, expert.expert, expert.projection), ())
+        if not slots:
+            raise CheckpointError(
+                f"{name}: the model has no expert {expert.expert} in {expert.layer}; config.json's n_routed_experts is "
+                f"{self.config.n_routed_experts}"
+            )
+        for stem, slot in slots:
+            param_name = f"{stem}{expert.leaf}"
+            param = self.params.get(param_name)
+            if param is None:
+                raise CheckpointError(f"{name} has no place in the model (looked for {param_name})")
+            shard = SHARD_OF_PROJECTION[expert.projection]
+            kwargs = {"shard_id": shard, "expert_id": slot, "return_success": True}
+            if self._copy(name, param, tensor, param.weight_loader, (param_name,), kwargs):
+                self._count(param_name)
+
+    @staticmethod
+    def _copy(name: str, param: Any, tensor: torch.Tensor, loader: Any, args: tuple, kwargs: dict | None = None) -> Any:
+        """Call vLLM's weight loader; its bare assertions become errors that name the tensor."""
+        try:
+            return loader(param, tensor, *args, **(kwargs or {}))
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"{name}: {tensor.dtype} {tuple(tensor.shape)} does not fit the parameter of {param.dtype} "
+                f"{tuple(param.shape)} on this rank ({error}); the checkpoint and config.json are not of one model"
+            ) from error
+
+    def _own_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's attention heads."""
+        num_local = self.config.num_attention_heads // get_tensor_model_parallel_world_size()
+        return tensor.narrow(0, num_local * get_tensor_model_parallel_rank(), num_local)
+
+    def _pad_fp8_shared_expert(self, param_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Upstream pads FP8 shared experts on NVIDIA so that ranks get whole blocks; theirs, called where it exists."""
+        pad = getattr(type(getattr(self.model, "model", None)), "_pad_shared_expert_weight", None)
+        if pad is None or getattr(self.quant_config, "weight_block_size", None) is None:
+            return tensor
+        if param_name.endswith(".weight") and tensor.dtype != torch.float8_e4m3fn:
+            return tensor
+        return pad(self.quant_config, param_name, tensor)
+
+    def _count(self, param_name: str) -> None:
+        self.loaded[param_name] = self.loaded.get(param_name, 0) + 1
+
+    def _index_experts(self) -> dict[tuple[str, int, str], list[tuple[str, int]]]:
+        """(layer, expert, projection) -> [(parameter stem, slot)], from the parameters that exist and vLLM's mapping."""
+        mapping = self.model.get_expert_mapping() if hasattr(self.model, "get_expert_mapping") else self._draft_mapping()
+        index: dict[tuple[str, int, str], list[tuple[str, int]]] = {}
+        layers = {name.partition(".ffn.experts.")[0] for name in self.params if ".ffn.experts." in name}
+        for stem, weight_name, slot, projection in mapping:
+            _, expert, _ = weight_name.strip(".").split(".", 2)
+            for layer in layers:
+                key = (layer, int(expert), projection)
+                index.setdefault(key, []).append((f"{layer}.ffn.{stem}", slot))
+        return index
+
+    def _draft_mapping(self) -> list[tuple[str, str, int, str]]:
+        """vLLM's expert mapping for a model that does not offer one (the MTP draft)."""
+        from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+
+        return fused_moe_make_expert_params_mapping(
+            self.model,
+            ckpt_gate_proj_name="w1",
+            ckpt_down_proj_name="w2",
+            ckpt_up_proj_name="w3",
+            num_experts=self.config.n_routed_experts,
+        )
+
+    def _check_complete(self) -> None:
+        """Refuse to go on with a parameter that nothing filled, or a fused one with a shard missing.
+
+        Raises: CheckpointError - lists the first parameters concerned.
+        """
+        missing = [name for name in self.params if name not in self.loaded and name not in self._may_stay()]
+        partial = [
+            f"{name} ({count} of {len(shards)} shards)"
+            for name, count in self.loaded.items()
+            if (shards := names.module_of(name.rpartition(".")[0])) and len(shards) > count
+        ]
+        if missing or partial:
+            listed = ", ".join((missing + partial)[:5])
+            raise CheckpointError(
+                f"{len(missing)} parameters were not in the checkpoint and {len(partial)} only in part: {listed}; "
+                "export or download the checkpoint again"
+            )
+
+    def _may_stay(self) -> set[str]:
+        """Parameters that a checkpoint need not have: tied heads, and a draft's copies of the main model's tables."""
+        stay = set()
+        if getattr(self.config, "tie_word_embeddings", False):
+            stay.add("lm_head.weight")
+        if self.is_mtp:
+            stay |= {n for n in self.params if n.endswith(("embed_tokens.weight", "shared_head.head.weight"))}
+        return stay
+
+
+# Parameters of an MTP layer that sit beside, not inside, its decoder block.
+MTP_OWN = frozenset({"enorm", "hnorm", "e_proj", "h_proj", "shared_head"})
+
+
+def target_name(canonical: str, num_hidden_layers: int, is_mtp: bool) -> str | None:
+    """The name under which a model knows a canonical tensor; None if it belongs to the other model (main or MTP draft)."""
+    if not canonical.startswith("mtp."):
+        return None if is_mtp else canonical
+    if not is_mtp:
+        return None
+    _, index, rest = canonical.split(".", 2)
+    if rest == "embed_tokens.weight":
+        return "model.embed_tokens.weight"
+    own = rest.split(".")[0] in MTP_OWN or rest.startswith("hc_head_")
+    return f"model.layers.{num_hidden_layers + int(index)}.{'' if own else 'mtp_block.'}{rest}"
+
+
+def check_scale_tensor(name: str, canonical: str, tensor: torch.Tensor) -> None:
+    """Refuse an unusable scale as it comes off the disk, by the checkpoint's own name.
+
+    Raises: CheckpointError - NaN, infinite, zero or negative.
+    """
+    leaf = canonical.rpartition(".")[2]
+    problem = None
+    if leaf in ("weight_scale_2", "input_scale"):
+        problem = bad_global_scale(float(tensor))
+    elif leaf == "weight_scale" and tensor.dtype == torch.float8_e4m3fn:
+        problem = bad_block_scale(tensor)
+    if problem:
+        shown = f" ({float(tensor)})" if tensor.numel() == 1 else ""
+        raise CheckpointError(
+            f"{name} is {problem}{shown}; expected a positive finite scale. Serving it would give garbage without a word: "
+            "calibrate and export the checkpoint again (an expert that calibration never reached has no usable input_scale)"
+        )
+
+
+class Progress:
+    """How far a load is: a bar on a terminal, else one line a layer; and the heartbeat file."""
+
+    def __init__(self, sizes: dict[str, int], layer_of: dict[str, str], status: Any, *, show: bool, use_bar: bool) -> None:
+        from tqdm import tqdm
+
+        self.sizes, self.layer_of, self.status, self.show = sizes, layer_of, status, show
+        self.total, self.done, self.started = sum(sizes.values()), 0, time.monotonic()
+        self.left: dict[str, int] = {}
+        for name in sizes:
+            self.left[layer_of[name]] = self.left.get(layer_of[name], 0) + 1
+        self.num_layers, self.layers_done = len(self.left), 0
+        self.use_bar = use_bar and show
+        self.bar = tqdm(
+            total=self.total, unit="B", unit_scale=True, desc="Loading NVFP4 weights", disable=not self.use_bar
+        )
+
+    def wrap(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Pass tensors through; a tensor counts as done when the next one is asked for."""
+        self.status.update("loading", 0, self.total)
+        for name, tensor in weights:
+            yield name, tensor
+            del tensor
+            self._advance(name)
+        self.bar.close()
+
+    def _advance(self, name: str) -> None:
+        self.done += self.sizes[name]
+        self.bar.update(self.sizes[name])
+        self.status.update("loading", self.done, self.total)
+        layer = self.layer_of[name]
+        self.left[layer] -= 1
+        if self.left[layer]:
+            return
+        self.layers_done += 1
+        if self.use_bar:
+            self.bar.set_postfix_str(f"{self.layers_done}/{self.num_layers} layers")
+        elif self.show:
+            logger.info(
+                "Loaded %s (%d of %d), %.1f of %.1f MB, %.1f s",
+                layer, self.layers_done, self.num_layers, self.done / 1e6, self.total / 1e6,
+                time.monotonic() - self.started,
+            )  # fmt: skip

@@ -1,0 +1,71 @@
+"""What serves each module: recorded once, logged once, counted, and in strict mode refused if it is a stock fallback."""
+
+import logging
+from dataclasses import dataclass
+
+from vllm_nvfp4 import env
+
+logger = logging.getLogger("vllm.nvfp4")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """module: vLLM's prefix; kind: linear, moe, shared_expert, wo_a; served_by: runner backend or class; fallback: stock?"""
+
+    module: str
+    kind: str
+    served_by: str
+    fallback: bool
+    reason: str = ""
+
+
+_choices: dict[str, Choice] = {}
+_logged_fallbacks: set[tuple[str, str]] = set()
+
+
+def record(module: str, kind: str, served_by: str, *, fallback: bool = False, reason: str = "") -> None:
+    """Remember what serves `module`; a fallback is logged once for each kind and server.
+
+    Raises: RuntimeError - a fallback under NVFP4_STRICT=1.
+    """
+    choice = Choice(module, kind, served_by, fallback, reason)
+    if fallback and env.flag(env.STRICT):
+        raise RuntimeError(
+            f"{env.STRICT.name}=1 refuses a stock fallback: {kind} {module} would be served by {served_by} ({reason}). "
+            f"Unset {env.STRICT.name} to allow it"
+        )
+    _choices[module] = choice
+    if fallback and (kind, served_by) not in _logged_fallbacks:
+        _logged_fallbacks.add((kind, served_by))
+        logger.warning("NVFP4 fallback: %s served by stock %s (%s), first for %s", kind, served_by, reason, module)
+
+
+def choices() -> list[Choice]:
+    """Everything recorded in this process, in order of construction."""
+    return list(_choices.values())
+
+
+def summary() -> dict[tuple[str, str, bool], int]:
+    """(kind, served_by, fallback) -> number of modules."""
+    counts: dict[tuple[str, str, bool], int] = {}
+    for choice in _choices.values():
+        key = (choice.kind, choice.served_by, choice.fallback)
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def log_summary() -> None:
+    """One line a (kind, server), once a model is complete."""
+    for (kind, served_by, fallback), count in sorted(summary().items()):
+        logger.info("NVFP4 selection: %d %s by %s%s", count, kind, served_by, " (stock fallback)" if fallback else "")
+
+
+def num_fallbacks() -> int:
+    """How many modules a stock implementation serves; exported as a metric."""
+    return sum(choice.fallback for choice in _choices.values())
+
+
+def clear() -> None:
+    """Forget everything; for tests."""
+    _choices.clear()
+    _logged_fallbacks.clear()
