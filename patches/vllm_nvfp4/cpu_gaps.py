@@ -12,7 +12,13 @@ from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBuilder
 from vllm.v1.attention.backends.mla import sparse_swa
 
-TILE_SCHEDULER_KEYS = ("_LAYER_TYPE_SWAONLY", "_LAYER_TYPE_C1A", "_LAYER_TYPE_C2A", "_LAYER_TYPE_C4A", "_LAYER_TYPE_C128A")
+TILE_SCHEDULER_KEYS = (
+    "_LAYER_TYPE_SWAONLY",
+    "_LAYER_TYPE_C1A",
+    "_LAYER_TYPE_C2A",
+    "_LAYER_TYPE_C4A",
+    "_LAYER_TYPE_C128A",
+)
 
 
 def close_all() -> None:
@@ -111,4 +117,6 @@ def biased_topk(
 
 def _refuse_fused(num_fused_shared_experts: int) -> None:
     if num_fused_shared_experts:
-        raise ValueError(f"num_fused_shared_experts is {num_fused_shared_experts}; upstream's CPU model never fuses them")
+        raise ValueError(
+            f"num_fused_shared_experts is {num_fused_shared_experts}; upstream's CPU model never fuses them"
+        )

@@ -19,7 +19,9 @@ class Variable:
 STRICT = Variable("NVFP4_STRICT", "0", "1: refuse every stock fallback instead of logging and counting it")
 WO_A = Variable("NVFP4_WO_A", "0", "1: quantize wo_a to NVFP4 while loading; 0: serve it as the checkpoint has it")
 STATUS_FILE = Variable("NVFP4_STATUS_FILE", "", "heartbeat file (JSON: phase, done, total, monotonic age) for probes")
-ALLOW_VLLM = Variable("NVFP4_ALLOW_UNTESTED_VLLM", "", "a vLLM version, exactly, that may run although it is not tested")
+ALLOW_VLLM = Variable(
+    "NVFP4_ALLOW_UNTESTED_VLLM", "", "a vLLM version, exactly, that may run although it is not tested"
+)
 DUMP_DIR = Variable("NVFP4_DUMP_DIR", "", "test aid: every op's inputs and output are saved here (slow, eager only)")
 
 VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR)
@@ -37,5 +39,7 @@ def flag(variable: Variable) -> bool:
     """
     value = text(variable).strip()
     if value not in ("0", "1"):
-        raise ValueError(f"{variable.name}={value!r}: expected 0 or 1 ({variable.doc}); set it to one of them or unset it")
+        raise ValueError(
+            f"{variable.name}={value!r}: expected 0 or 1 ({variable.doc}); set it to one of them or unset it"
+        )
     return value == "1"

@@ -68,7 +68,9 @@ class ReferenceFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         scale = torch.nn.Parameter(upcast_e8m0(params.block_scale.data).contiguous(), requires_grad=False)
         replace_parameter(layer, params.block_scale_attr, scale)
 
-    def apply_block_scaled_mm(self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor) -> torch.Tensor:
+    def apply_block_scaled_mm(
+        self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
+    ) -> torch.Tensor:
         """The product; As is a placeholder, the activation is quantized inside."""
         return fp8_block_linear(A, B, Bs)
 

@@ -52,7 +52,9 @@ class Inventory:
         """
         unknown = [m for m in modules if m not in self.formats]
         if unknown:
-            raise CheckpointError(f"the model asks for {unknown[0]}, which the checkpoint ({self.layout}) does not have")
+            raise CheckpointError(
+                f"the model asks for {unknown[0]}, which the checkpoint ({self.layout}) does not have"
+            )
         formats = {m: self.formats[m] for m in modules}
         if len(set(formats.values())) > 1:
             listed = ", ".join(f"{m} is {f}" for m, f in formats.items())

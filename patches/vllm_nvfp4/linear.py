@@ -89,7 +89,9 @@ class ModelOptNvFp4ShardedLinearMethod(ModelOptLinearMethod):
         Raises: CheckpointError - a scale is missing, NaN, infinite, zero or negative; ValueError - a stock kernel would
             have to merge the shards' different scales.
         """
-        check_scales(self.prefix, layer.weight_scale, weight_scale_2=layer.weight_scale_2, input_scale=layer.input_scale)
+        check_scales(
+            self.prefix, layer.weight_scale, weight_scale_2=layer.weight_scale_2, input_scale=layer.input_scale
+        )
         if isinstance(self.kernel, Nvfp4RunnerLinearKernel):
             self.kernel.process_weights_after_loading(layer)
             return

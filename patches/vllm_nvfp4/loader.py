@@ -69,7 +69,9 @@ class Loader:
         param_name, shard = fused if fused is not None else (target, None)
         param = self.params.get(param_name)
         if param is None:
-            raise CheckpointError(f"{name} has no place in the model (looked for {param_name}); the model has no such module")
+            raise CheckpointError(
+                f"{name} has no place in the model (looked for {param_name}); the model has no such module"
+            )
         if ".shared_experts." in target:
             tensor = self._pad_fp8_shared_expert(param_name, tensor)
         if target.endswith(".attn_sink"):
@@ -127,7 +129,9 @@ class Loader:
 
     def _index_experts(self) -> dict[tuple[str, int, str], list[tuple[str, int]]]:
         """(layer, expert, projection) -> [(parameter stem, slot)], from the parameters that exist and vLLM's mapping."""
-        mapping = self.model.get_expert_mapping() if hasattr(self.model, "get_expert_mapping") else self._draft_mapping()
+        mapping = (
+            self.model.get_expert_mapping() if hasattr(self.model, "get_expert_mapping") else self._draft_mapping()
+        )
         index: dict[tuple[str, int, str], list[tuple[str, int]]] = {}
         layers = {name.partition(".ffn.experts.")[0] for name in self.params if ".ffn.experts." in name}
         for stem, weight_name, slot, projection in mapping:
@@ -216,7 +220,9 @@ def check_scale_tensor(name: str, canonical: str, tensor: torch.Tensor) -> None:
 class Progress:
     """How far a load is: a bar on a terminal, else one line a layer; and the heartbeat file."""
 
-    def __init__(self, sizes: dict[str, int], layer_of: dict[str, str], status: Any, *, show: bool, use_bar: bool) -> None:
+    def __init__(
+        self, sizes: dict[str, int], layer_of: dict[str, str], status: Any, *, show: bool, use_bar: bool
+    ) -> None:
         from tqdm import tqdm
 
         self.sizes, self.layer_of, self.status, self.show = sizes, layer_of, status, show

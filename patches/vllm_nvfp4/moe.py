@@ -62,7 +62,9 @@ class ModelOptNvFp4RunnerMoEMethod(ModelOptNvFp4FusedMoE):
         """Check every scale and build the runner on the layer's own tensors."""
         _check(layer)
         if layer.apply_router_weight_on_input:
-            raise ValueError(f"{self.prefix}: router weights on the input are not supported; DeepSeek-V4 does not use them")
+            raise ValueError(
+                f"{self.prefix}: router weights on the input are not supported; DeepSeek-V4 does not use them"
+            )
         backend = platform.backend()
         assert backend is not None  # method_for chose this class only where there is one
         layer.nvfp4_runner = MoeRunner(

@@ -83,7 +83,9 @@ class Nvfp4Config(ModelOptNvFp4Config):
         """Canonical checkpoint modules that feed vLLM's module `prefix` (MTP layers carry layer numbers there)."""
         parts = prefix.split(".")
         if prefix.startswith("model.layers.") and int(parts[2]) >= self.num_hidden_layers:
-            prefix = ".".join(["mtp", str(int(parts[2]) - self.num_hidden_layers), *parts[3:]]).replace(".mtp_block", "")
+            prefix = ".".join(["mtp", str(int(parts[2]) - self.num_hidden_layers), *parts[3:]]).replace(
+                ".mtp_block", ""
+            )
         return names.module_of(prefix)
 
     def format_of(self, prefix: str) -> Format:
@@ -93,7 +95,9 @@ class Nvfp4Config(ModelOptNvFp4Config):
             was read.
         """
         if self.inventory is None:
-            raise RuntimeError(f"{METHOD_NAME}: the checkpoint's headers were never read; vLLM's start-up order changed")
+            raise RuntimeError(
+                f"{METHOD_NAME}: the checkpoint's headers were never read; vLLM's start-up order changed"
+            )
         return self.inventory.format_of(self.checkpoint_modules(prefix))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -127,7 +131,9 @@ class Nvfp4Config(ModelOptNvFp4Config):
         if found is Format.NVFP4:
             return moe.method_for(self, layer, prefix)
         if found is Format.HIGH:
-            selection.record(prefix, "moe", "UnquantizedFusedMoEMethod", fallback=True, reason="experts are not quantized")
+            selection.record(
+                prefix, "moe", "UnquantizedFusedMoEMethod", fallback=True, reason="experts are not quantized"
+            )
             return UnquantizedFusedMoEMethod(layer.moe_config)
         raise checkpoint.CheckpointError(f"{prefix}: experts are {found}; this overlay serves experts in NVFP4")
 

