@@ -40,7 +40,7 @@ def expected(config: Any, mtp_layers: int = 0) -> Expected:
             tensors.update(_layer_tensors(config, prefix, 0, False))
             tensors.update(_mtp_tensors(config, prefix))
             optional |= {f"{prefix}.shared_head.head.weight", f"{prefix}.embed_tokens.weight"}
-    except (AttributeError, IndexError, TypeError) as error:
+    except (AttributeError, IndexError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"config.json does not describe a DeepSeek-V4 model: {error}; compare it with the one of the model's publisher"
         ) from error

@@ -6,9 +6,11 @@ the end of the file, overlapping ranges, not JSON) is an error that names the fi
 
 import json
 import os
+import reprlib
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the format's own limit
+MAX_SIZE = 2**63 - 1  # no size, offset or number of elements may be larger
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -59,36 +62,53 @@ def read_header(path: Path) -> dict[str, Tensor]:
             )
         raw = file.read(length)
     try:
-        entries = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({error}); download the file again") from error
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a key twice, an endless number
+        raise CheckpointError(f"{path}: its header is not valid JSON ({error}); download the file again") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: its header is a JSON {type(entries).__name__}, expected an object")
+        raise CheckpointError(
+            f"{path}: its header is a JSON {type(entries).__name__}, expected an object; download the file again"
+        )
     entries.pop("__metadata__", None)
     tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
     _check_overlap(path, tensors)
     return tensors
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which the format allows no key twice; Python's parser would keep the last one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is in it twice")
+        found[key] = value
+    return found
+
+
 def _entry(path: Path, name: str, entry: Any, data_start: int, file_bytes: int) -> Tensor:
     """One header entry, checked against the file's size and its own dtype and shape."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        integers = all(type(v) is int and v >= 0 for v in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: header entry of {name} is malformed ({error!r}): {str(entry)[:200]}") from error
-    if not integers or dtype not in DTYPES:
         raise CheckpointError(
-            f"{path}: {name} has dtype {dtype!r}, shape {shape!r}, offsets {[begin, end]!r}; expected non-negative "
-            f"integers and one of {sorted(DTYPES)}"
+            f"{path}: header entry of {name} is malformed ({error!r}): {reprlib.repr(entry)}; download the file again"
+        ) from error
+    sizes = [*shape, begin, end] if isinstance(shape, list) else [None]
+    integers = all(type(v) is int and 0 <= v <= MAX_SIZE for v in sizes)
+    if not integers or not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(
+            f"{path}: {name} has dtype {reprlib.repr(dtype)}, shape {reprlib.repr(shape)}, offsets "
+            f"{reprlib.repr([begin, end])}; expected non-negative integers and one of {sorted(DTYPES)}; "
+            "download the file again, or export it in one of these types"
         )
     torch_dtype, num_elements = DTYPES[dtype], 1
     for extent in shape:
-        num_elements *= extent
+        # Bounded: a product of thousands of sizes would take minutes, and not even print.
+        num_elements = min(num_elements * extent, MAX_SIZE)
     if end - begin != num_elements * torch_dtype.itemsize:
         raise CheckpointError(
-            f"{path}: {name} is {dtype} {tuple(shape)}, which takes {num_elements * torch_dtype.itemsize} bytes, but its "
-            f"offsets span {end - begin}; the file is damaged"
+            f"{path}: {name} is {dtype} {reprlib.repr(shape)}, which takes {num_elements * torch_dtype.itemsize} bytes, "
+            f"but its offsets span {end - begin}: the header is damaged; download the file again"
         )
     if data_start + end > file_bytes:
         raise CheckpointError(
@@ -103,7 +123,9 @@ def _check_overlap(path: Path, tensors: dict[str, Tensor]) -> None:
     last_name, last_end = "", 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
         if tensor.num_bytes and tensor.start < last_end:
-            raise CheckpointError(f"{path}: {name} overlaps {last_name} in the file; the header is damaged")
+            raise CheckpointError(
+                f"{path}: {name} overlaps {last_name}: the header is damaged; download the file again"
+            )
         if tensor.num_bytes:
             last_name, last_end = name, tensor.start + tensor.num_bytes
 
@@ -113,12 +135,9 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises: CheckpointError - none there, a shard that the index names is missing, or an unreadable index.
     """
-    index = folder / INDEX_NAME
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{index}: cannot be read ({error!r}); download it again") from error
+    weight_map = _weight_map(folder)
+    if weight_map is not None:
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -134,6 +153,26 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """tensor -> file name, as the folder's index has it; None where there is no index.
+
+    Raises: CheckpointError - an unreadable index.
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return None
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index}: cannot be read ({error!r}); download it again") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(
+            f"{index}: weight_map is {reprlib.repr(found)}, expected an object of tensor and file names; "
+            "download it again"
+        )
+    return found
+
+
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """name -> Tensor for a whole checkpoint folder.
 
@@ -146,11 +185,12 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             if name in tensors:
                 raise CheckpointError(f"{name} is in both {tensors[name].file} and {path}; remove one of the files")
             tensors[name] = tensor
-    index = folder / INDEX_NAME
-    if index.exists():
-        absent = sorted(set(json.loads(index.read_text())["weight_map"]) - set(tensors))
-        if absent:
-            raise CheckpointError(f"{index}: names {len(absent)} tensors that no shard has, first {absent[0]}")
+    absent = sorted(set(_weight_map(folder) or ()) - set(tensors))
+    if absent:
+        raise CheckpointError(
+            f"{folder / INDEX_NAME}: names {len(absent)} tensors that no shard has, first {absent[0]}; "
+            "download index and shards again, from one revision"
+        )
     return tensors
 
 
@@ -158,6 +198,8 @@ def read_hub(repo_id: str, revision: str | None) -> dict[str, Tensor]:
     """name -> Tensor for a model on the Hub, by range requests; nothing is downloaded but headers.
 
     Not verified against the Hub itself: exercised with a stand-in only. File positions are not known (start is -1).
+
+    Raises: CheckpointError - a tensor in two files, or of an unknown dtype; what huggingface_hub raises.
     """
     from huggingface_hub import get_safetensors_metadata
 
@@ -165,6 +207,12 @@ def read_hub(repo_id: str, revision: str | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file_name, file in metadata.files_metadata.items():
         for name, info in file.tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{repo_id}: {name} is in both {tensors[name].file} and {file_name}")
+            if info.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{repo_id}: {name} in {file_name} has dtype {info.dtype}, expected one of {sorted(DTYPES)}"
+                )
             begin, end = info.data_offsets
             tensors[name] = Tensor(Path(file_name), -1, end - begin, DTYPES[info.dtype], tuple(info.shape))
     return tensors
@@ -179,18 +227,10 @@ def read_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, t
     Raises: CheckpointError - the file ends early.
     """
     ordered = sorted(tensors, key=lambda item: (str(item[1].file), item[1].start))
-    current: Path | None = None
-    descriptor = -1
-    try:
-        for name, tensor in ordered:
-            if tensor.file != current:
-                if descriptor >= 0:
-                    os.close(descriptor)
-                descriptor, current = os.open(tensor.file, os.O_RDONLY), tensor.file
-            yield name, _read_one(descriptor, name, tensor)
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+    for path, of_one_file in groupby(ordered, key=lambda item: item[1].file):
+        with open(path, "rb", buffering=0) as file:
+            for name, tensor in of_one_file:
+                yield name, _read_one(file.fileno(), name, tensor)
 
 
 def _read_one(descriptor: int, name: str, tensor: Tensor) -> torch.Tensor:
@@ -201,7 +241,8 @@ def _read_one(descriptor: int, name: str, tensor: Tensor) -> torch.Tensor:
         count = os.preadv(descriptor, [view[done : done + (1 << 30)]], tensor.start + done)
         if count == 0:
             raise CheckpointError(
-                f"{tensor.file}: ends inside {name}, after {done} of {tensor.num_bytes} bytes: truncated"
+                f"{tensor.file}: ends inside {name}, after {done} of {tensor.num_bytes} bytes: truncated; "
+                "download the file again"
             )
         done += count
     return buffer.view(tensor.dtype).reshape(tensor.shape)

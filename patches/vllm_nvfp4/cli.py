@@ -6,12 +6,16 @@ starts vLLM's OpenAI server with what DeepSeek-V4 needs: on a machine without a 
 and DeepSeek-V4's tokenizer mode, reasoning parser and tool parser unless the flags say otherwise.
 """
 
+import contextlib
 import os
 import sys
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
 
 from vllm_nvfp4 import compat
 
-# flag -> value; each is left out if the user gave it.
+# flag -> value; each is left out if the user gave it, on the command line or in a --config file.
 SERVE_DEFAULTS = {
     "--tokenizer-mode": "deepseek_v4",
     "--reasoning-parser": "deepseek_v4",
@@ -25,12 +29,27 @@ USAGE = "usage: nvfp4 serve MODEL [any `vllm serve` flag]"
 
 def serve_command(arguments: list[str]) -> list[str]:
     """The arguments of `vllm` for the user's arguments."""
-    given = {argument.partition("=")[0] for argument in arguments}
-    command = ["serve", *arguments]
+    given = given_flags(arguments)
+    defaults: list[str] = []
     for flag, value in SERVE_DEFAULTS.items():
         if flag not in given:
-            command += [flag] if value is None else [flag, value]
-    return command
+            defaults += [flag] if value is None else [flag, value]
+    # Behind the model, where vLLM wants it first, and before the user's flags: of two spellings argparse takes the last.
+    num_models = 0 if arguments[0].startswith("-") else 1
+    return ["serve", *arguments[:num_models], *defaults, *arguments[num_models:]]
+
+
+def given_flags(arguments: list[str]) -> set[str]:
+    """The flags that the user gave, as vLLM spells them: `--tokenizer_mode=hf` and `--no-x` count as the flag itself.
+
+    A --config file that cannot be read counts as empty: vLLM reads it again and says what is wrong.
+    """
+    given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    if "--config" in arguments[:-1]:
+        with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
+            text = Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8")
+            given += [f"--{key}" for key in yaml.safe_load(text)]
+    return {f"--{flag[2:].replace('_', '-').removeprefix('no-')}" for flag in given}
 
 
 def environment(distribution: str, current: dict[str, str]) -> dict[str, str]:
@@ -57,3 +76,7 @@ def main() -> None:
     # By module rather than by a program called `vllm`: PATH may hold another environment's.
     command = [sys.executable, "-m", module, *serve_command(arguments[1:])]
     os.execve(sys.executable, command, environment(distribution, dict(os.environ)))
+
+
+if __name__ == "__main__":
+    main()

@@ -90,6 +90,10 @@ class DeepseekV4Config(UpstreamConfig):
         # Consumed here: upstream's validator knows neither of these values.
         mlp_layer_types = kwargs.pop("mlp_layer_types", None)
         layer_types = kwargs.pop("layer_types", None)
+        num_layers = kwargs.get("num_hidden_layers")
+        _one_per_layer("layer_types", layer_types, num_layers)
+        _one_per_layer("mlp_layer_types", mlp_layer_types, num_layers)
+        _one_per_layer("compress_ratios", kwargs.get("compress_ratios"), num_layers)
         kwargs.update(rope_thetas(kwargs))
         if layer_types is not None:
             derived = compress_ratios(layer_types, kwargs.get("compress_rates") or {})
@@ -119,6 +123,15 @@ class DeepseekV4Config(UpstreamConfig):
             raise ValueError(
                 f"config.json: compress_ratios[{bad[0][0]}] is {bad[0][1]}; vLLM's attention knows {KNOWN_RATIOS}"
             )
+
+
+def _one_per_layer(field: str, entries: list[Any] | None, num_hidden_layers: int | None) -> None:
+    """Raise ValueError where a list is too short for the layers; entries behind them belong to MTP layers."""
+    if entries is not None and num_hidden_layers is not None and len(entries) < num_hidden_layers:
+        raise ValueError(
+            f"config.json: {field} has {len(entries)} entries, but num_hidden_layers is {num_hidden_layers}; "
+            "compare it with the one of the model's publisher"
+        )
 
 
 def _agree(field: str, given: Any, derived: Any, source: str) -> None:

@@ -13,20 +13,22 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import PlatformEnum, current_platform
 
 from vllm_nvfp4 import selection
+from vllm_nvfp4.checkpoint import CheckpointError
 
 BLOCK = 128
 E4M3_MAX = 448.0
 
 
 def upcast_e8m0(scale: torch.Tensor) -> torch.Tensor:
-    """2^(byte - 127) as fp32, for e8m0 scales; fp32 ones pass through."""
-    if scale.dtype == torch.float32:
-        return scale
-    if scale.dtype != torch.float8_e8m0fnu:
-        raise TypeError(f"FP8 block scales are {scale.dtype}, expected float8_e8m0fnu or float32")
-    # The exponent field of fp32 is the same byte; 0 would be 2^-127, which fp32 holds as a subnormal.
-    bits = scale.view(torch.uint8).to(torch.int32)
-    return torch.where(bits == 0, torch.full_like(bits, 1 << 22), bits << 23).view(torch.float32)
+    """2^(byte - 127) as fp32, NaN for byte 255, for e8m0 scales; fp32 ones pass through.
+
+    Raises: TypeError - neither e8m0 nor fp32.
+    """
+    if scale.dtype not in (torch.float32, torch.float8_e8m0fnu):
+        raise TypeError(
+            f"FP8 block scales are {scale.dtype}, expected float8_e8m0fnu or float32; export the checkpoint again"
+        )
+    return scale.float()
 
 
 def quantize_rows(x: torch.Tensor) -> torch.Tensor:
@@ -63,10 +65,20 @@ class ReferenceFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         return current_platform.is_cpu(), "the torch FP8 block kernel serves CPUs only"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Widen e8m0 scales to fp32; the weight stays FP8 as loaded."""
+        """Widen e8m0 scales to fp32; the weight stays FP8 as loaded.
+
+        Raises: CheckpointError - a scale is NaN, infinite or negative; 0 is legal, for a block of zeros.
+        """
         params = self._get_layer_params(layer)
-        scale = torch.nn.Parameter(upcast_e8m0(params.block_scale.data).contiguous(), requires_grad=False)
-        replace_parameter(layer, params.block_scale_attr, scale)
+        scale = upcast_e8m0(params.block_scale.data).contiguous()
+        bad = ~(torch.isfinite(scale) & (scale >= 0))
+        if bool(bad.any()):
+            index = tuple(bad.nonzero()[0].tolist())
+            raise CheckpointError(
+                f"{layer.prefix}.{params.block_scale_attr}{list(index)} is {float(scale[index])}; expected a finite "
+                "number that is not negative; export or download the checkpoint again"
+            )
+        replace_parameter(layer, params.block_scale_attr, torch.nn.Parameter(scale, requires_grad=False))
 
     def apply_block_scaled_mm(
         self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor

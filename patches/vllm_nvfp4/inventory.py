@@ -34,6 +34,7 @@ NVFP4_LEAVES = {
 }
 FP8_LEAVES = {"weight": (torch.float8_e4m3fn,), "weight_scale_inv": (torch.float8_e8m0fnu, torch.float32)}
 HIGH_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def take_inventory(tensors: Mapping[str, Tensor], config: Any) -> Inventory:
     """
     layout, evidence = names.detect_layout(tensors)
     by_canonical = canonical_names(tensors, config.num_hidden_layers)
-    num_mtp = 1 + max((int(n.split(".")[1]) for n in by_canonical if n.startswith("mtp.")), default=-1)
+    num_mtp = _num_mtp_layers(by_canonical, config.num_hidden_layers)
     wanted = architecture.expected(config, num_mtp)
     plain, modules = _split(by_canonical, wanted)
     _check_plain(tensors, plain, wanted)
@@ -113,6 +114,18 @@ def take_inventory(tensors: Mapping[str, Tensor], config: Any) -> Inventory:
         if fused:
             inventory.format_of(names.module_of(fused[0].removesuffix(".weight")))
     return inventory
+
+
+def _num_mtp_layers(by_canonical: Mapping[str, str], num_hidden_layers: int) -> int:
+    """How many MTP layers there are, which must be the first ones: a stray number must not size the tables."""
+    found = {int(name.split(".")[1]): by_canonical[name] for name in by_canonical if name.startswith("mtp.")}
+    stray = sorted(set(found) - set(range(len(found))))
+    if stray:
+        raise CheckpointError(
+            f"{found[stray[0]]} belongs to MTP layer {stray[0]}, but the checkpoint has {len(found)} MTP layers; "
+            f"is num_hidden_layers ({num_hidden_layers}) right, and is every shard there?"
+        )
+    return len(found)
 
 
 def _split(
@@ -139,11 +152,13 @@ def _split(
 
 
 def _check_plain(tensors: Mapping[str, Tensor], plain: Mapping[str, str], wanted: architecture.Expected) -> None:
-    """Presence and shape of everything that is no linear."""
+    """Presence, type and shape of everything that is no linear."""
     missing = sorted(set(wanted.tensors) - set(plain) - wanted.optional)
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing: {_listed(missing)}; export or download them again")
     for canonical, name in plain.items():
+        # A loader would convert any type to the parameter's: FP8 without its scale would pass for numbers.
+        _check_dtype(name, tensors[name], INDEX_DTYPES if canonical.endswith(".tid2eid") else HIGH_DTYPES)
         _check_shape(name, tensors[name], wanted.tensors[canonical])
 
 
@@ -164,6 +179,7 @@ def _linear_format(module: str, leaves: Mapping[str, tuple[str, Tensor]], n: int
                 )
             _check_dtype(*leaves[leaf], (dtype,))
             _check_shape(*leaves[leaf], shapes[leaf])
+        _refuse_leaves(leaves, set(NVFP4_LEAVES), Format.NVFP4)
         return Format.NVFP4
     if "weight_scale_inv" in leaves or weight.dtype == torch.float8_e4m3fn:
         shapes = {"weight": (n, k), "weight_scale_inv": (-(-n // 128), -(-k // 128))}
@@ -172,10 +188,22 @@ def _linear_format(module: str, leaves: Mapping[str, tuple[str, Tensor]], n: int
                 raise CheckpointError(f"{module}.{leaf} is missing, but {name} is FP8; export the checkpoint again")
             _check_dtype(*leaves[leaf], dtypes)
             _check_shape(*leaves[leaf], shapes[leaf])
+        _refuse_leaves(leaves, set(FP8_LEAVES), Format.FP8_BLOCK)
         return Format.FP8_BLOCK
     _check_dtype(name, weight, HIGH_DTYPES)
     _check_shape(name, weight, (n, k))
+    _refuse_leaves(leaves, {"weight"}, Format.HIGH)
     return Format.HIGH
+
+
+def _refuse_leaves(leaves: Mapping[str, tuple[str, Tensor]], known: set[str], found: Format) -> None:
+    """A scale that the weight's format does not have: two formats are mixed in one linear."""
+    for leaf in sorted(set(leaves) - known):
+        name, tensor = leaves[leaf]
+        raise CheckpointError(
+            f"{tensor.file}: {name} has no meaning for {leaves['weight'][0]}, which is {found}; "
+            "export the checkpoint again"
+        )
 
 
 def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -80,7 +80,8 @@ class ModelOptNvFp4ShardedLinearMethod(ModelOptLinearMethod):
             "linear",
             f"cutedsl {platform.backend()}" if own else type(self.kernel).__name__,
             fallback=not own,
-            reason="" if own else str(platform.unavailable_reason()),
+            # Where cutedsl has a backend its kernel is first in line, so only vLLM's own switches can pass it by.
+            reason="" if own else platform.unavailable_reason() or "--linear-backend or VLLM_DISABLED_KERNELS",
         )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@ wrong is reported with the checkpoint's own tensor name.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,13 +22,32 @@ from vllm_nvfp4.scales import bad_block_scale, bad_global_scale
 logger = init_logger("vllm.nvfp4.loader")
 
 SHARD_OF_PROJECTION = {"w1": "w1", "w2": "w2", "w3": "w3"}
+# One byte of these is a code. torch would convert it to another type's nearest number without a word.
+CODE_DTYPES = frozenset({torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu})
+# The one conversion that keeps the meaning: powers of two, widened.
+WIDENED = (torch.float8_e8m0fnu, torch.float32)
+GLOBAL_SCALES = ("weight_scale_2", "input_scale")
+VALUES_PER_ELEMENT = {"weight": 2, "weight_scale": 16}  # of an NVFP4 row, in one element of the stored tensor
 
 
 class Loader:
-    """Routes tensors of one checkpoint into one model (the main model, or an MTP draft)."""
+    """Routes tensors of one checkpoint into one model (the main model, or an MTP draft).
 
-    def __init__(self, model: torch.nn.Module, config: Any, quant_config: Any, *, is_mtp: bool = False) -> None:
+    `pad_fp8` is upstream's (quant_config, name, tensor) -> tensor for the shared experts of a model that was built with
+    FP8 in whole blocks a rank; None where nothing was padded.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: Any,
+        quant_config: Any,
+        *,
+        is_mtp: bool = False,
+        pad_fp8: Callable[[Any, str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.model, self.config, self.quant_config, self.is_mtp = model, config, quant_config, is_mtp
+        self.pad_fp8 = pad_fp8
         self.params = dict(model.named_parameters())
         self.loaded: dict[str, int] = {}
         self.experts = self._index_experts()
@@ -48,22 +67,24 @@ class Loader:
             if target is None or is_pp_missing_parameter(target, self.model):
                 continue
             check_scale_tensor(name, canonical, tensor)
-            self._route(name, target, tensor)
+            self._route(name, canonical, target, tensor)
             del tensor
         self._check_complete()
         if self.num_ignored:
             logger.info("%d checkpoint tensors have no use in serving and were left out", self.num_ignored)
         return set(self.loaded)
 
-    def _route(self, name: str, target: str, tensor: torch.Tensor) -> None:
+    def _route(self, name: str, canonical: str, target: str, tensor: torch.Tensor) -> None:
         """One tensor into its parameter.
 
         Raises: CheckpointError - no parameter takes it, or its shape or dtype does not fit; the message has the
             checkpoint's name for it.
         """
-        expert = names.parse_expert(target)
+        expert = names.parse_expert(canonical)
         if expert is not None:
-            self._load_expert(name, expert, tensor)
+            # The draft calls the layer something else (`...mtp_block`); number, projection and leaf are the same.
+            layer = target.partition(".ffn.experts.")[0]
+            self._load_expert(name, expert._replace(layer=layer), tensor)
             return
         fused = names.fused(target)
         param_name, shard = fused if fused is not None else (target, None)
@@ -94,21 +115,33 @@ class Loader:
             param = self.params.get(param_name)
             if param is None:
                 raise CheckpointError(f"{name} has no place in the model (looked for {param_name})")
+            self._check_expert_shape(name, expert, param, tensor)
             shard = SHARD_OF_PROJECTION[expert.projection]
             kwargs = {"shard_id": shard, "expert_id": slot, "return_success": True}
             if self._copy(name, param, tensor, param.weight_loader, (param_name,), kwargs):
                 self._count(param_name)
 
+    def _check_expert_shape(self, name: str, expert: names.ExpertName, param: Any, tensor: torch.Tensor) -> None:
+        """vLLM's expert loader takes a tensor that is too small as one to be padded, and leaves the rest as it was."""
+        n, k = self.config.moe_intermediate_size, self.config.hidden_size
+        if expert.projection == "w2":
+            n, k = k, n
+        shape = (n, k // VALUES_PER_ELEMENT.get(expert.leaf, 1)) if param.dtype in CODE_DTYPES else (n, k)
+        if expert.leaf in GLOBAL_SCALES:
+            shape = ()
+        if tensor.shape != shape and not (shape == () and tensor.numel() == 1):
+            raise _misfit(name, tensor, param, f"config.json gives {shape}")
+
     @staticmethod
     def _copy(name: str, param: Any, tensor: torch.Tensor, loader: Any, args: tuple, kwargs: dict | None = None) -> Any:
         """Call vLLM's weight loader; its bare assertions become errors that name the tensor."""
+        pair = (tensor.dtype, param.dtype)
+        if pair[0] != pair[1] and pair != WIDENED and CODE_DTYPES & set(pair):
+            raise _misfit(name, tensor, param, "a conversion would change what the bytes mean")
         try:
             return loader(param, tensor, *args, **(kwargs or {}))
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
-            raise CheckpointError(
-                f"{name}: {tensor.dtype} {tuple(tensor.shape)} does not fit the parameter of {param.dtype} "
-                f"{tuple(param.shape)} on this rank ({error}); the checkpoint and config.json are not of one model"
-            ) from error
+            raise _misfit(name, tensor, param, str(error) or type(error).__name__) from error
 
     def _own_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's attention heads."""
@@ -116,13 +149,12 @@ class Loader:
         return tensor.narrow(0, num_local * get_tensor_model_parallel_rank(), num_local)
 
     def _pad_fp8_shared_expert(self, param_name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Upstream pads FP8 shared experts on NVIDIA so that ranks get whole blocks; theirs, called where it exists."""
-        pad = getattr(type(getattr(self.model, "model", None)), "_pad_shared_expert_weight", None)
-        if pad is None or getattr(self.quant_config, "weight_block_size", None) is None:
+        """Upstream's NVIDIA models give every rank whole FP8 blocks; theirs to fill up, called where they did so."""
+        if self.pad_fp8 is None or getattr(self.quant_config, "weight_block_size", None) is None:
             return tensor
         if param_name.endswith(".weight") and tensor.dtype != torch.float8_e4m3fn:
             return tensor
-        return pad(self.quant_config, param_name, tensor)
+        return self.pad_fp8(self.quant_config, param_name, tensor)
 
     def _count(self, param_name: str) -> None:
         self.loaded[param_name] = self.loaded.get(param_name, 0) + 1
@@ -154,15 +186,16 @@ class Loader:
         )
 
     def _check_complete(self) -> None:
-        """Refuse to go on with a parameter that nothing filled, or a fused one with a shard missing.
+        """Refuse to go on with a parameter that nothing filled, or a fused one with a shard or an expert missing.
 
         Raises: CheckpointError - lists the first parameters concerned.
         """
-        missing = [name for name in self.params if name not in self.loaded and name not in self._may_stay()]
+        may_stay = self._may_stay()
+        missing = [name for name in self.params if name not in self.loaded and name not in may_stay]
         partial = [
-            f"{name} ({count} of {len(shards)} shards)"
+            f"{name} ({count} of {self._num_tensors(name)} tensors)"
             for name, count in self.loaded.items()
-            if (shards := names.module_of(name.rpartition(".")[0])) and len(shards) > count
+            if count < self._num_tensors(name)
         ]
         if missing or partial:
             listed = ", ".join((missing + partial)[:5])
@@ -170,6 +203,16 @@ class Loader:
                 f"{len(missing)} parameters were not in the checkpoint and {len(partial)} only in part: {listed}; "
                 "export or download the checkpoint again"
             )
+
+    def _num_tensors(self, param_name: str) -> int:
+        """How many tensors of the checkpoint make up a parameter: shards, or one a projection of every local expert.
+
+        An expert's packed weight has no value that could mean "never loaded", so only counting finds the gap.
+        """
+        module, leaf = names.split_leaf(param_name)
+        if ".ffn.experts." in param_name:
+            return self.params[param_name].shape[0] * (2 if leaf.startswith("w13_") else 1)
+        return len(names.module_of(module))
 
     def _may_stay(self) -> set[str]:
         """Parameters that a checkpoint need not have: tied heads, and a draft's copies of the main model's tables."""
@@ -179,6 +222,14 @@ class Loader:
         if self.is_mtp:
             stay |= {n for n in self.params if n.endswith(("embed_tokens.weight", "shared_head.head.weight"))}
         return stay
+
+
+def _misfit(name: str, tensor: torch.Tensor, param: Any, why: str) -> CheckpointError:
+    """The error for a tensor that its parameter cannot take."""
+    return CheckpointError(
+        f"{name}: {tensor.dtype} {tuple(tensor.shape)} does not fit the parameter of {param.dtype} "
+        f"{tuple(param.shape)} on this rank ({why}); the checkpoint and config.json are not of one model"
+    )
 
 
 # Parameters of an MTP layer that sit beside, not inside, its decoder block.
@@ -201,12 +252,12 @@ def target_name(canonical: str, num_hidden_layers: int, is_mtp: bool) -> str | N
 def check_scale_tensor(name: str, canonical: str, tensor: torch.Tensor) -> None:
     """Refuse an unusable scale as it comes off the disk, by the checkpoint's own name.
 
-    Raises: CheckpointError - NaN, infinite, zero or negative.
+    Raises: CheckpointError - NaN, infinite, zero or negative, or more than one number where one is meant.
     """
     leaf = canonical.rpartition(".")[2]
     problem = None
-    if leaf in ("weight_scale_2", "input_scale"):
-        problem = bad_global_scale(float(tensor))
+    if leaf in GLOBAL_SCALES:
+        problem = f"of shape {tuple(tensor.shape)}" if tensor.numel() != 1 else bad_global_scale(float(tensor))
     elif leaf == "weight_scale" and tensor.dtype == torch.float8_e4m3fn:
         problem = bad_block_scale(tensor)
     if problem:

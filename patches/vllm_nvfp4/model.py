@@ -51,7 +51,10 @@ class Nvfp4ModelMixin:
         """Load any layout, failing closed (loader.py)."""
         if self.nvfp4_config is None:
             return super().load_weights(weights)  # type: ignore[misc]
-        loaded = Loader(self, self.config, self.nvfp4_config).load(weights)
+        # Upstream builds FP8 shared experts in whole blocks a rank, unless sequence parallelism keeps them whole.
+        whole = getattr(self.model, "use_sequence_parallel", False)
+        pad_fp8 = None if whole else getattr(self.model, "_pad_shared_expert_weight", None)
+        loaded = Loader(self, self.config, self.nvfp4_config, pad_fp8=pad_fp8).load(weights)
         if getattr(self, "finalizes_weights_during_load", False):
             # Upstream's NVIDIA class derives tensors from loaded ones here and asserts on them in its first forward.
             super().process_weights_after_loading()  # type: ignore[misc]

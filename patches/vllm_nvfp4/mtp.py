@@ -44,7 +44,11 @@ class Nvfp4MTPMixin:
         """Load any layout, failing closed."""
         if self.nvfp4_config is None:
             return super().load_weights(weights)  # type: ignore[misc]
-        loaded = Loader(self, self.config, self.nvfp4_config, is_mtp=True).load(weights)
+        # Only here: the module is part of every vLLM, but of no use where the MTP class is a stub.
+        from vllm.models.deepseek_v4.nvidia.model import DeepseekV4Model
+
+        pad_fp8 = DeepseekV4Model._pad_shared_expert_weight if self.pad_shared_expert else None
+        loaded = Loader(self, self.config, self.nvfp4_config, is_mtp=True, pad_fp8=pad_fp8).load(weights)
         # Upstream's own load_weights ends with this.
         super().process_weights_after_loading()  # type: ignore[misc]
         return loaded

@@ -6,7 +6,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 # Imported for their registrations: the quantization method and the load format.
-from vllm_nvfp4 import cpu_gaps, fp8_block, linear, model_loader, quantization  # noqa: F401
+from vllm_nvfp4 import cpu_gaps, cpu_kernels, fp8_block, linear, model_loader, quantization  # noqa: F401
 from vllm_nvfp4.config import DeepseekV4Config
 from vllm_nvfp4.verification import Nvfp4ModelChecks
 
@@ -23,5 +23,6 @@ def register_all() -> None:
     if current_platform.is_cpu():
         fp8_block.register()
         cpu_gaps.close_all()
+        cpu_kernels.install()
     elif current_platform.is_cuda():
         ModelRegistry.register_model("DeepSeekV4MTPModel", "vllm_nvfp4.mtp:DeepSeekV4MTP")

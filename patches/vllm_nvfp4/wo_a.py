@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinea
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method as v2_loader
 
 from vllm_nvfp4 import platform, selection
+from vllm_nvfp4.checkpoint import CheckpointError
 from vllm_nvfp4.inventory import Format
 from vllm_nvfp4.linear import ModelOptNvFp4ShardedLinearMethod
 from vllm_nvfp4.scales import check_scales
@@ -29,7 +30,8 @@ def input_scale_bound(norm_weights: list[torch.Tensor], head_dim: int) -> float:
 
     Args: norm_weights: (head_dim,) each - kv_norm's and the compressor's RMSNorm weights.
     """
-    largest = max(float(w.detach().abs().max()) for w in norm_weights)
+    # Not Python's max, which may drop a NaN.
+    largest = float(torch.stack([w.detach().float().abs().max() for w in norm_weights]).max())
     return math.sqrt(head_dim) * largest * FP8_CACHE_MARGIN / NVFP4.tensor_scale_divisor
 
 
@@ -56,14 +58,22 @@ class ModelOptNvFp4WoAMethod(LinearMethodBase):
         selection.record(self.prefix, "wo_a", f"cutedsl {platform.backend()}")
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Quantize a high-precision weight in place of it; the runner is built when the norms are known (attention.py)."""
+        """Quantize a high-precision weight in place of it; the runner is built when the norms are known (attention.py).
+
+        Raises: CheckpointError - the weight holds NaN or infinity, or a scale is unusable.
+        """
         if self.stored is Format.NVFP4:
             check_scales(
                 self.prefix, layer.weight_scale, weight_scale_2=layer.weight_scale_2, input_scale=layer.input_scale
             )
             return
         weight = layer.weight.data
-        weight_scale_2 = weight.float().abs().amax() / NVFP4.tensor_scale_divisor
+        low, high = torch.aminmax(weight)
+        try:
+            # A block of the largest magnitude has the tensor scale of the whole matrix, by quantize_weight's own rules.
+            weight_scale_2 = quantize_weight(torch.maximum(-low, high).repeat(NVFP4.block_size)).weight_scale_2
+        except ValueError as error:
+            raise CheckpointError(f"{self.prefix}.weight cannot be quantized: {error}; export it again") from error
         packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(
             weight.shape[0], weight.shape[1] // NVFP4.block_size, dtype=NVFP4.scale_dtype, device=weight.device
