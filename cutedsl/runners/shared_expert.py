@@ -1,0 +1,99 @@
+"""Runner of an NVFP4 shared expert: gate_up, SwiGLU and down as one operator.
+
+The hard part is that gate and up are two shards with their own scales, and that down's input_scale belongs to the
+FP32 output of SwiGLU, which never exists as a BF16 tensor.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from cutedsl.ops import registry
+from cutedsl.reference import shared_expert as reference
+from cutedsl.runners import check_packed, check_scale, check_swiglu_limit, pack_matrix, select_backend
+
+
+class SharedExpertRunner:
+    """y = bf16(down(swiglu(gate_up(x)))) for one layer.
+
+    Args:
+        name: of the layer, used in every message.
+        gate_up_weight: (2I, H/2) uint8, contiguous - gate rows, then up rows.
+        gate_up_weight_scale: (2I, H/16) e4m3, contiguous.
+        gate_up_weight_scale_2: (2,) fp32 - of gate and of up, finite and positive.
+        gate_up_input_scale: (2,) fp32 - of gate and of up, finite and positive.
+        down_weight: (H, I/2) uint8, contiguous; I on this rank a multiple of 16.
+        down_weight_scale: (H, I/16) e4m3, contiguous.
+        down_weight_scale_2: () or (1,) fp32.
+        down_input_scale: () or (1,) fp32.
+        swiglu_limit: finite and positive, or None for no clamp.
+        backend: a key of BACKENDS.
+
+    Attributes:
+        runner_id: what the op takes; the registry keeps the runner alive.
+        in_features, out_features: both H.
+        device: of the weights.
+        gate_up, down: the matrices with their alphas.
+
+    Raises:
+        TypeError: a type is wrong.
+        ValueError: a shape, device or value is wrong, or the backend is unknown.
+
+    Numerics: as reference.shared_expert. Construction reads scales back to the host; a call does not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        gate_up_weight: torch.Tensor,
+        gate_up_weight_scale: torch.Tensor,
+        gate_up_weight_scale_2: torch.Tensor,
+        gate_up_input_scale: torch.Tensor,
+        down_weight: torch.Tensor,
+        down_weight_scale: torch.Tensor,
+        down_weight_scale_2: torch.Tensor,
+        down_input_scale: torch.Tensor,
+        swiglu_limit: float | None,
+        backend: str = "reference",
+    ) -> None:
+        self.name = name
+        self.backend = backend
+        self._forward = select_backend(name, backend, BACKENDS)
+        self.swiglu_limit = check_swiglu_limit(name, swiglu_limit)
+        rows = gate_up_weight.shape[0]
+        if rows % 2:
+            raise ValueError(f"{name}: gate_up weight has {rows} rows, expected an even number (gate, then up)")
+        self.device = gate_up_weight.device
+        hidden = check_packed(name, "gate_up", gate_up_weight, gate_up_weight_scale, (rows,))
+        intermediate = check_packed(name, "down", down_weight, down_weight_scale, (hidden,))
+        if down_weight.device != self.device:
+            raise ValueError(f"{name}: gate_up is on {self.device}, down on {down_weight.device}; move one of them")
+        if intermediate != rows // 2:
+            raise ValueError(f"{name}: down has K = {intermediate}, expected {rows // 2}, half the rows of gate_up")
+        self.in_features = self.out_features = hidden
+        self.gate_up = pack_matrix(
+            gate_up_weight,
+            gate_up_weight_scale,
+            check_scale(name, "gate_up weight_scale_2", gate_up_weight_scale_2, (2,), self.device),
+            check_scale(name, "gate_up input_scale", gate_up_input_scale, (2,), self.device),
+            (intermediate, intermediate),
+        )
+        self.down = pack_matrix(
+            down_weight,
+            down_weight_scale,
+            check_scale(name, "down weight_scale_2", down_weight_scale_2, (1,), self.device),
+            check_scale(name, "down input_scale", down_input_scale, (1,), self.device),
+            (hidden,),
+        )
+        self.runner_id = registry.register(self, "shared_expert")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Runs the layer: x (M, H) bfloat16 -> (M, H) bfloat16. The op has checked x."""
+        return self._forward(self, x)
+
+
+def _reference(runner: SharedExpertRunner, x: torch.Tensor) -> torch.Tensor:
+    return reference.shared_expert(x, runner.gate_up, runner.down, runner.swiglu_limit)
+
+
+BACKENDS: dict[str, Callable[[SharedExpertRunner, torch.Tensor], torch.Tensor]] = {"reference": _reference}

@@ -1,0 +1,112 @@
+"""nvfp4_modules on /metrics: what workers publish is what the front process shows."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from vllm_nvfp4 import metrics, selection
+from vllm_nvfp4.metrics import FOLDER_VARIABLE, ModuleCollector
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No records of other tests."""
+    monkeypatch.setattr(selection, "_choices", {})
+    monkeypatch.setattr(selection, "_logged_fallbacks", set())
+    yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def scrape(folder: Path) -> list[str]:
+    """The samples that a scrape of the folder shows."""
+    registry = CollectorRegistry()
+    registry.register(ModuleCollector(folder))
+    return [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+
+
+def test_a_round_trip(folder: Path) -> None:
+    for module in ("a", "b"):
+        selection.record(module, "linear", "cutedsl reference")
+    selection.record("c", "moe", "Stock", fallback=True)
+    metrics.publish(0)
+    selection.record("d", "moe", "Stock", fallback=True)
+    metrics.publish(1)
+    assert scrape(folder) == [
+        'nvfp4_modules{fallback="0",kind="linear",rank="0",served_by="cutedsl reference"} 2.0',
+        'nvfp4_modules{fallback="1",kind="moe",rank="0",served_by="Stock"} 1.0',
+        'nvfp4_modules{fallback="0",kind="linear",rank="1",served_by="cutedsl reference"} 2.0',
+        'nvfp4_modules{fallback="1",kind="moe",rank="1",served_by="Stock"} 2.0',
+        'nvfp4_fallback_modules{rank="0"} 1.0',
+        'nvfp4_fallback_modules{rank="1"} 2.0',
+    ]
+
+
+def test_a_rank_that_publishes_again_replaces_its_counts(folder: Path) -> None:
+    selection.record("a", "linear", "Stock", fallback=True)
+    metrics.publish(3)
+    selection.clear()
+    selection.record("a", "linear", "cutedsl reference")
+    metrics.publish(3)
+    assert scrape(folder) == [
+        'nvfp4_modules{fallback="0",kind="linear",rank="3",served_by="cutedsl reference"} 1.0',
+        'nvfp4_fallback_modules{rank="3"} 0.0',
+    ]
+    assert [path.name for path in folder.iterdir()] == ["3.json"]
+
+
+def test_before_workers_publish_there_is_nothing(folder: Path) -> None:
+    assert scrape(folder) == []
+    (folder / "0.tmp").write_text("[[half")  # a worker is writing
+    assert scrape(folder) == []
+    assert scrape(folder / "absent") == []
+
+
+def test_without_a_front_process_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    selection.record("a", "linear", "cutedsl reference")
+    metrics.publish(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+FRONT = """
+import json, os, sys
+from prometheus_client import REGISTRY, generate_latest
+from vllm_nvfp4 import metrics, selection
+
+metrics.open_folder()
+folder = os.environ[metrics.FOLDER_VARIABLE]
+metrics.open_folder()
+assert os.environ[metrics.FOLDER_VARIABLE] == folder, "a second call must change nothing"
+worker = os.fork()
+if not worker:
+    selection.record("a", "linear", "cutedsl reference")
+    metrics.publish(0)
+    sys.exit()  # runs the handlers that a forked child inherits
+assert os.waitpid(worker, 0)[1] == 0
+assert os.path.isdir(folder), "a worker's exit must not remove the front process's folder"
+lines = [line for line in generate_latest(REGISTRY).decode().splitlines() if line.startswith("nvfp4_")]
+print(json.dumps([folder, lines]))
+"""
+
+
+def test_the_front_process_shows_its_workers_counts_and_cleans_up() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
+    done = subprocess.run([sys.executable, "-c", FRONT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder, lines = json.loads(done.stdout)
+    assert lines == [
+        'nvfp4_modules{fallback="0",kind="linear",rank="0",served_by="cutedsl reference"} 1.0',
+        'nvfp4_fallback_modules{rank="0"} 0.0',
+    ]
+    assert not Path(folder).exists()

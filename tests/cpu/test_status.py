@@ -1,0 +1,136 @@
+"""The heartbeat file: whole at every moment, one a rank, written when something happens and not too often."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_nvfp4 import status
+from vllm_nvfp4.status import MIN_INTERVAL_S, Status
+
+
+class Clock:
+    """A CLOCK_MONOTONIC that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(status.time, "monotonic", found)
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_what_is_written(tmp_path: Path, clock: Clock) -> None:
+    heartbeat = Status(str(tmp_path / "beat"))
+    heartbeat.update("constructing")
+    clock.now += 10
+    heartbeat.update("loading", 5, 100)
+    clock.now += 3
+    heartbeat.update("loading", 50, 100)
+    assert read(tmp_path / "beat") == {
+        "phase": "loading",
+        "done": 50,
+        "total": 100,
+        "unit": "bytes",
+        "monotonic_s": 1013.0,
+        "phase_started_monotonic_s": 1010.0,
+        "pid": os.getpid(),
+        "rank": 0,
+    }
+    heartbeat.update("loaded", 1, 1, "model")
+    found = read(tmp_path / "beat")
+    assert (found["phase"], found["unit"], found["phase_started_monotonic_s"]) == ("loaded", "model", 1013.0)
+
+
+def test_the_age_is_on_the_machines_clock(tmp_path: Path) -> None:
+    before = time.monotonic()
+    Status(str(tmp_path / "beat")).update("loading")
+    assert before <= read(tmp_path / "beat")["monotonic_s"] <= time.monotonic()
+
+
+def test_progress_is_throttled_but_phases_and_the_end_are_not(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "beat"
+    heartbeat = Status(str(path))
+    heartbeat.update("loading", 0, 100)
+    clock.now += MIN_INTERVAL_S / 2
+    heartbeat.update("loading", 10, 100)
+    assert read(path)["done"] == 0
+    clock.now += MIN_INTERVAL_S / 2
+    heartbeat.update("loading", 20, 100)
+    assert read(path)["done"] == 20
+    heartbeat.update("loading", 100, 100)
+    assert read(path)["done"] == 100
+    heartbeat.update("processing", 0, 100)
+    assert read(path)["phase"] == "processing"
+    heartbeat.update("loading", 0, 100)
+    assert read(path)["phase"] == "loading"
+
+
+def test_a_dropped_update_leaves_the_age_as_it_is(tmp_path: Path, clock: Clock) -> None:
+    heartbeat = Status(str(tmp_path / "beat"))
+    heartbeat.update("loading", 0, 100)
+    for _ in range(4):  # a drop must not postpone the next write
+        clock.now += MIN_INTERVAL_S * 0.3
+        heartbeat.update("loading", 1, 100)
+    assert read(tmp_path / "beat")["monotonic_s"] == pytest.approx(1000 + 4 * 0.3 * MIN_INTERVAL_S)
+
+
+def test_one_file_a_rank(tmp_path: Path) -> None:
+    for rank in (0, 1, 12):
+        Status(str(tmp_path / "beat"), rank).update("loading")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beat", "beat.rank1", "beat.rank12"]
+    assert [read(tmp_path / name)["rank"] for name in ("beat", "beat.rank1", "beat.rank12")] == [0, 1, 12]
+
+
+def test_the_environment_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVFP4_STATUS_FILE", str(tmp_path / "beat"))
+    Status(rank=2).update("loading")
+    assert [path.name for path in tmp_path.iterdir()] == ["beat.rank2"]
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_without_the_variable_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if value is not None:
+        monkeypatch.setenv("NVFP4_STATUS_FILE", value)
+    for rank in (0, 1):
+        heartbeat = Status(rank=rank)
+        assert heartbeat.path is None
+        heartbeat.update("loading", 1, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "beat"
+    Status(str(path)).update("constructing")
+    seen = []
+    replace = os.replace
+
+    def look_before(source: Path, target: Path) -> None:
+        seen.append((read(path)["phase"], read(source)["phase"], Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(status.os, "replace", look_before)
+    Status(str(path)).update("loading")
+    assert seen == [("constructing", "loading", path)]
+    assert read(path)["phase"] == "loading"
+    assert [p.name for p in tmp_path.iterdir()] == ["beat"], "the temporary file must not stay"
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"):
+        Status(str(tmp_path / "absent" / "beat")).update("loading")
