@@ -19,13 +19,13 @@ serve: env  ## a server on :8000 with a small checkpoint made on the spot; print
 
 test: env  ## everything that needs no GPU: lint, types, tests
 	@$(MAKE) --no-print-directory lint
-	@$(TEST_ENV) $(PY) -m pytest tests/cpu
+	@$(TEST_ENV) $(PY) -m pytest tests/cpu -n 2 --dist loadfile
 
 test-fast: env  ## tests/cpu without the ones that start an engine
 	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine"
 
 test-modelopt: env  ## against NVIDIA ModelOpt itself, in an environment of its own (.venv-modelopt)
-	@scripts/setup_modelopt_env.sh .venv-modelopt
+	@scripts/setup_env.sh .venv-modelopt modelopt
 	@$(TEST_ENV) NVFP4_MODELOPT_PYTHON=$(CURDIR)/.venv-modelopt/bin/python $(PY) -m pytest tests/modelopt
 
 lint: env  ## ruff (format and rules) and mypy

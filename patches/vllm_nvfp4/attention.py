@@ -5,23 +5,23 @@ path multiplies by `.weight` directly. The submodules are replaced after constru
 put in front of whatever attention class the platform chose.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
-from cutedsl.ops.wo_a import wo_a as wo_a_op
-from cutedsl.runners.wo_a import WoARunner
 from vllm import envs
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, UnquantizedLinearMethod
 from vllm.utils.multi_stream_utils import execute_in_parallel
 
+from cutedsl.ops.wo_a import wo_a as wo_a_op
+from cutedsl.runners.wo_a import WoARunner
 from vllm_nvfp4 import dump, platform
 from vllm_nvfp4.checkpoint import CheckpointError
+from vllm_nvfp4.mixin import Upstream, in_front_of
 from vllm_nvfp4.wo_a import ModelOptNvFp4WoAMethod, input_scale_bound
 
 
-class Nvfp4AttentionMixin:
+class Nvfp4AttentionMixin(Upstream):
     """Methods in front of an upstream attention class."""
 
     nvfp4_wo_a_runner: WoARunner | None = None
@@ -30,7 +30,7 @@ class Nvfp4AttentionMixin:
         """Inverse RoPE, wo_a and wo_b; upstream's own unless wo_a is in NVFP4."""
         runner = self.nvfp4_wo_a_runner
         if runner is None:
-            return super()._o_proj(o, positions)  # type: ignore[misc]
+            return super()._o_proj(o, positions)
         if get_forward_context().attn_metadata is None:
             # Profile run: `o` is uninitialised memory.
             return torch.zeros((o.shape[0], self.hidden_size), dtype=o.dtype, device=o.device)
@@ -39,7 +39,7 @@ class Nvfp4AttentionMixin:
     def _alloc_attn_out(self, num_tokens: int, hidden_states: torch.Tensor) -> Any:
         """A plain BF16 buffer where our wo_a reads it: some NVIDIA layers would fuse an FP8 cast in here."""
         if self.nvfp4_wo_a_runner is None:
-            return super()._alloc_attn_out(num_tokens, hidden_states)  # type: ignore[misc]
+            return super()._alloc_attn_out(num_tokens, hidden_states)
         return hidden_states.new_empty((num_tokens, self.padded_heads, self.head_dim))
 
     def _run_parallel_input_projections(self, hidden_states: torch.Tensor) -> tuple[Any, Any, Any, Any]:
@@ -73,15 +73,9 @@ def kv_score(compressor: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return projection(hidden_states).float()
 
 
-@cache
-def overlay_class(base: type) -> type:
-    """`base` with the mixin in front; one class for each base."""
-    return type(f"Nvfp4{base.__name__}", (Nvfp4AttentionMixin, base), {})
-
-
 def adapt(attn: Any, quant_config: Any) -> None:
     """Give an upstream attention layer NVFP4 projections and our methods; called once, before weights are loaded."""
-    attn.__class__ = overlay_class(type(attn))
+    attn.__class__ = in_front_of(Nvfp4AttentionMixin, type(attn))
     if attn.compressor is not None:
         _replace_fused(attn.compressor, quant_config)
     if attn.indexer is not None:
@@ -132,7 +126,9 @@ def finish(attn: Any) -> None:
         bound = input_scale_bound(norms, attn.head_dim)
         if not 0 < bound < float("inf"):
             raise CheckpointError(f"{attn.prefix}: kv_norm or compressor.norm gives wo_a the activation scale {bound}")
-        layer.input_scale = torch.nn.Parameter(torch.tensor([bound], dtype=torch.float32, device=layer.weight.device), requires_grad=False)
+        layer.input_scale = torch.nn.Parameter(
+            torch.tensor([bound], dtype=torch.float32, device=layer.weight.device), requires_grad=False
+        )
     backend = platform.backend()
     assert backend is not None  # ModelOptNvFp4WoAMethod refused to be built without one
     attn.nvfp4_wo_a_runner = WoARunner(

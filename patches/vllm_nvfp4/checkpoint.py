@@ -1,7 +1,7 @@
 """What a checkpoint holds, read from its safetensors headers alone: names, dtypes, shapes, and where the bytes lie.
 
-Nothing here trusts `config.json`, `ignore` lists or the index: the tensors are the truth. A header that lies (sizes past
-the end of the file, overlapping ranges, not JSON) is an error that names the file.
+Nothing here trusts `config.json`, `ignore` lists or the index: the tensors are the truth. A header that lies (sizes
+past the end of the file, overlapping ranges, not JSON) is an error that names the file.
 """
 
 import json
@@ -105,9 +105,10 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, file_bytes: int) 
     for extent in shape:
         # Bounded: a product of thousands of sizes would take minutes, and not even print.
         num_elements = min(num_elements * extent, MAX_SIZE)
-    if end - begin != num_elements * torch_dtype.itemsize:
+    num_bytes = num_elements * torch_dtype.itemsize
+    if end - begin != num_bytes:
         raise CheckpointError(
-            f"{path}: {name} is {dtype} {reprlib.repr(shape)}, which takes {num_elements * torch_dtype.itemsize} bytes, "
+            f"{path}: {name} is {dtype} {reprlib.repr(shape)}, which takes {num_bytes} bytes, "
             f"but its offsets span {end - begin}: the header is damaged; download the file again"
         )
     if data_start + end > file_bytes:
@@ -218,24 +219,32 @@ def read_hub(repo_id: str, revision: str | None) -> dict[str, Tensor]:
     return tensors
 
 
-def read_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, torch tensor) one at a time, in file order; each owns its bytes and is freed by the caller's `del`.
+def read_tensors(
+    tensors: Iterable[tuple[str, Tensor]], *, reuse_buffer: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, torch tensor) one at a time, in file order.
 
-    Read with pread rather than mapped: mapped pages count as the process's memory until the kernel takes them back, which
-    is how a loader comes to hold a checkpoint twice.
+    Read with pread rather than mapped: mapped pages count as the process's memory until the kernel takes them back,
+    which is how a loader comes to hold a checkpoint twice.
 
+    Args:
+        tensors: name -> header entry, of any files.
+        reuse_buffer: False - each tensor owns its bytes. True - a tensor is valid only until the next one is asked for:
+            all are read into one buffer, as large as the largest, so that the heap is not torn by millions of sizes.
     Raises: CheckpointError - the file ends early.
     """
     ordered = sorted(tensors, key=lambda item: (str(item[1].file), item[1].start))
+    largest = max((tensor.num_bytes for _, tensor in ordered), default=0)
+    shared = torch.empty(largest if reuse_buffer else 0, dtype=torch.uint8, device="cpu")
     for path, of_one_file in groupby(ordered, key=lambda item: item[1].file):
         with open(path, "rb", buffering=0) as file:
             for name, tensor in of_one_file:
-                yield name, _read_one(file.fileno(), name, tensor)
+                buffer = shared[: tensor.num_bytes] if reuse_buffer else torch.empty(tensor.num_bytes, dtype=torch.uint8, device="cpu")
+                yield name, _read_one(file.fileno(), name, tensor, buffer)
 
 
-def _read_one(descriptor: int, name: str, tensor: Tensor) -> torch.Tensor:
-    """The tensor's bytes, viewed as its dtype and shape."""
-    buffer = torch.empty(tensor.num_bytes, dtype=torch.uint8, device="cpu")
+def _read_one(descriptor: int, name: str, tensor: Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, read into `buffer` and viewed as its dtype and shape."""
     view, done = memoryview(buffer.numpy()), 0
     while done < tensor.num_bytes:
         count = os.preadv(descriptor, [view[done : done + (1 << 30)]], tensor.start + done)

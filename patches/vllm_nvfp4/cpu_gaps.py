@@ -67,9 +67,10 @@ def scores_of(logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
 
 
 def _weights(scores: torch.Tensor, ids: torch.Tensor, scaling: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chosen experts' scores, normalised to sum to `scaling`."""
+    """The chosen experts' scores, normalised to sum to `scaling`; 0 where all of them underflow, as upstream has it."""
     chosen = scores.gather(1, ids.long())
-    chosen = chosen / chosen.sum(-1, keepdim=True) * (1.0 if scaling is None else scaling)
+    total = chosen.sum(-1, keepdim=True)
+    chosen = chosen / torch.where(total == 0, 1.0, total) * (1.0 if scaling is None else scaling)
     return chosen, ids.to(torch.int32)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variable:
-    """One variable: `name`, `default` as written in the environment, and `doc`, a line for README and error messages."""
+    """One variable: `name`, `default` as written in the environment, and `doc`, a line for README and for errors."""
 
     name: str
     default: str

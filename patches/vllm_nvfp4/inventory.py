@@ -1,7 +1,7 @@
 """Which format each module of a checkpoint has, decided from its tensors; and every reason why it cannot be served.
 
-`ignore` lists are not consulted: ModelOpt 0.47 leaves wo_a in high precision without listing it, and lists names that no
-tensor has. A module is NVFP4 if and only if it has a `weight_scale_2`.
+`ignore` lists are not consulted: ModelOpt 0.47 leaves wo_a in high precision without listing it, and lists names that
+no tensor has. A module is NVFP4 if and only if it has a `weight_scale_2`.
 """
 
 import enum
@@ -88,8 +88,8 @@ def take_inventory(tensors: Mapping[str, Tensor], config: Any) -> Inventory:
     Args:
         tensors: checkpoint name -> header entry, from checkpoint.read_folder or read_hub.
         config: DeepSeek-V4 configuration, with vLLM's field names (compress_ratios, num_hash_layers).
-    Raises: CheckpointError - missing or unexpected tensors, wrong shape or dtype, a quantized weight without its scale, or
-        mixed quantization inside a fused module; names.UnknownLayoutError, names.UnknownNameError.
+    Raises: CheckpointError - missing or unexpected tensors, wrong shape or dtype, a quantized weight without its scale,
+        or mixed quantization inside a fused module; names.UnknownLayoutError, names.UnknownNameError.
     """
     layout, evidence = names.detect_layout(tensors)
     by_canonical = canonical_names(tensors, config.num_hidden_layers)
@@ -169,8 +169,11 @@ def _linear_format(module: str, leaves: Mapping[str, tuple[str, Tensor]], n: int
     name, weight = leaves["weight"]
     if "weight_scale_2" in leaves or "weight_scale" in leaves or weight.dtype == torch.uint8:
         shapes: dict[str, tuple[int, ...]] = {
-            "weight": (n, k // 2), "weight_scale": (n, k // architecture.BLOCK_SIZE), "weight_scale_2": (), "input_scale": ()
-        }  # fmt: skip
+            "weight": (n, k // 2),
+            "weight_scale": (n, k // architecture.BLOCK_SIZE),
+            "weight_scale_2": (),
+            "input_scale": (),
+        }
         for leaf, dtype in NVFP4_LEAVES.items():
             if leaf not in leaves:
                 raise CheckpointError(

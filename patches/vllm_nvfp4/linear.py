@@ -8,14 +8,14 @@ vectors to the runner, and refuses where only a stock kernel with one scale coul
 from typing import Any
 
 import torch
-from cutedsl.ops.linear import linear as linear_op
-from cutedsl.runners.linear import LinearRunner
 from vllm.model_executor.kernels.linear import _POSSIBLE_NVFP4_KERNELS
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization.modelopt import ModelOptLinearMethod, resolve
 from vllm.platforms import PlatformEnum
 
+from cutedsl.ops.linear import linear as linear_op
+from cutedsl.runners.linear import LinearRunner
 from vllm_nvfp4 import dump, platform, selection
 from vllm_nvfp4.scales import check_scales
 

@@ -126,11 +126,12 @@ class Loader:
         n, k = self.config.moe_intermediate_size, self.config.hidden_size
         if expert.projection == "w2":
             n, k = k, n
-        shape = (n, k // VALUES_PER_ELEMENT.get(expert.leaf, 1)) if param.dtype in CODE_DTYPES else (n, k)
-        if expert.leaf in GLOBAL_SCALES:
-            shape = ()
-        if tensor.shape != shape and not (shape == () and tensor.numel() == 1):
-            raise _misfit(name, tensor, param, f"config.json gives {shape}")
+        if param.dtype in CODE_DTYPES:
+            k //= VALUES_PER_ELEMENT.get(expert.leaf, 1)
+        fits = tensor.numel() == 1 if expert.leaf in GLOBAL_SCALES else tensor.shape == (n, k)
+        if not fits:
+            wanted = "one number" if expert.leaf in GLOBAL_SCALES else f"{(n, k)}"
+            raise _misfit(name, tensor, param, f"config.json gives {wanted}")
 
     @staticmethod
     def _copy(name: str, param: Any, tensor: torch.Tensor, loader: Any, args: tuple, kwargs: dict | None = None) -> Any:

@@ -1,7 +1,7 @@
 """What serves how many modules, as a Prometheus metric on the server's own /metrics.
 
-Modules live in worker processes, /metrics in the API server's: each worker writes its counts into a folder that the front
-process made before it started them, and a collector there reads the folder when it is scraped.
+Modules live in worker processes, /metrics in the API server's: each worker writes its counts into a folder that the
+front process made before it started them, and a collector there reads the folder when it is scraped.
 """
 
 import atexit

@@ -13,6 +13,7 @@ from vllm.models.deepseek_v4 import DeepseekV4ForCausalLM as UpstreamModel
 
 from vllm_nvfp4 import attention, selection, shared_expert
 from vllm_nvfp4.loader import Loader, target_name
+from vllm_nvfp4.mixin import Upstream
 from vllm_nvfp4.quantization import METHOD_NAME, Nvfp4Config
 
 FUSED_MODULES = {
@@ -22,7 +23,7 @@ FUSED_MODULES = {
 }
 
 
-class Nvfp4ModelMixin:
+class Nvfp4ModelMixin(Upstream):
     """What the overlay adds to an upstream DeepSeek-V4 class."""
 
     packed_modules_mapping = FUSED_MODULES
@@ -50,19 +51,19 @@ class Nvfp4ModelMixin:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load any layout, failing closed (loader.py)."""
         if self.nvfp4_config is None:
-            return super().load_weights(weights)  # type: ignore[misc]
+            return super().load_weights(weights)
         # Upstream builds FP8 shared experts in whole blocks a rank, unless sequence parallelism keeps them whole.
         whole = getattr(self.model, "use_sequence_parallel", False)
         pad_fp8 = None if whole else getattr(self.model, "_pad_shared_expert_weight", None)
         loaded = Loader(self, self.config, self.nvfp4_config, pad_fp8=pad_fp8).load(weights)
         if getattr(self, "finalizes_weights_during_load", False):
             # Upstream's NVIDIA class derives tensors from loaded ones here and asserts on them in its first forward.
-            super().process_weights_after_loading()  # type: ignore[misc]
+            super().process_weights_after_loading()
         return loaded
 
     def process_weights_after_loading(self) -> None:
         """Upstream's own step, then the runners that need more than one module's weights."""
-        super().process_weights_after_loading()  # type: ignore[misc]
+        super().process_weights_after_loading()
         if self.nvfp4_config is None:
             return
         for layer in self.nvfp4_layers():

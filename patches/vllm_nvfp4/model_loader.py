@@ -44,6 +44,7 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         # The parent only knows its own formats; files and downloads are those of `safetensors`.
         super().__init__(replace(load_config, load_format="safetensors"))
         self.model: Any = None
+        self.counter_before_loading_weights: float = 0.0
         self.status = Status()
 
     def load_model(self, vllm_config: Any, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
@@ -84,7 +85,7 @@ class Nvfp4ModelLoader(DefaultModelLoader):
             show=get_world_group().rank == 0,
             use_bar=bool(self.load_config.use_tqdm_on_load) and sys.stderr.isatty(),
         )
-        for name, tensor in progress.wrap(checkpoint.read_tensors(tensors.items())):
+        for name, tensor in progress.wrap(checkpoint.read_tensors(tensors.items(), reuse_buffer=True)):
             yield source.prefix + name, tensor
             del tensor
 

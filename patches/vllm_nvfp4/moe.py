@@ -7,12 +7,12 @@ input scales over experts.
 from typing import Any
 
 import torch
-from cutedsl.ops.moe import moe as moe_op
-from cutedsl.runners.moe import MoeRunner
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
 
+from cutedsl.ops.moe import moe as moe_op
+from cutedsl.runners.moe import MoeRunner
 from vllm_nvfp4 import dump, platform, selection
 from vllm_nvfp4.checkpoint import CheckpointError
 from vllm_nvfp4.scales import check_scales

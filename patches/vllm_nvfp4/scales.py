@@ -52,6 +52,7 @@ def check_scales(module: str, block_scale: torch.Tensor, **global_scales: torch.
             index = tuple(int(i) for i in (~ok).nonzero()[0])
             value = float(values[index])
             raise CheckpointError(
-                f"{module}.{leaf}{list(index)} is {value} ({bad_global_scale(value)}); expected a positive finite number. "
-                "Calibrate and export the checkpoint again; an expert that calibration never reached has no input_scale"
+                f"{module}.{leaf}{list(index)} is {value} ({bad_global_scale(value)}); expected a positive finite "
+                "number. Calibrate and export the checkpoint again; an expert that calibration never reached has no "
+                "input_scale"
             )

@@ -1,4 +1,4 @@
-"""What serves each module: recorded once, logged once, counted, and in strict mode refused if it is a stock fallback."""
+"""What serves each module: recorded once, logged once, counted, and refused in strict mode if it is a fallback."""
 
 import logging
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ logger = logging.getLogger("vllm.nvfp4")
 
 @dataclass(frozen=True)
 class Choice:
-    """module: vLLM's prefix; kind: linear, moe, shared_expert, wo_a; served_by: runner backend or class; fallback: stock?"""
+    """module: vLLM's prefix; kind: linear, moe, shared_expert, wo_a; served_by: backend or class; fallback: stock?"""
 
     module: str
     kind: str

@@ -1,17 +1,17 @@
 """The shared expert as one op: L1, SwiGLU with the gate clamped before SiLU, L2, with nothing rounded to BF16 between."""
 
-from functools import cache
 from typing import Any
 
 import torch
+
 from cutedsl.ops.shared_expert import shared_expert as shared_expert_op
 from cutedsl.runners.shared_expert import SharedExpertRunner
-
 from vllm_nvfp4 import dump, platform, selection
 from vllm_nvfp4.linear import Nvfp4RunnerLinearKernel
+from vllm_nvfp4.mixin import Upstream, in_front_of
 
 
-class Nvfp4SharedExpertMixin:
+class Nvfp4SharedExpertMixin(Upstream):
     """Replaces the three steps of an upstream MLP by one op, once the runner exists."""
 
     nvfp4_runner: SharedExpertRunner | None = None
@@ -19,21 +19,15 @@ class Nvfp4SharedExpertMixin:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """down(silu(min(gate, limit)) * clamp(up)); the sum over tensor-parallel ranks is the caller's, as upstream."""
         if self.nvfp4_runner is None:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         out = shared_expert_op(x.reshape(-1, x.shape[-1]), self.nvfp4_runner.runner_id)
         return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-@cache
-def overlay_class(base: type) -> type:
-    """`base` with the mixin in front."""
-    return type(f"Nvfp4{base.__name__}", (Nvfp4SharedExpertMixin, base), {})
 
 
 def adapt(ffn: Any) -> None:
     """Put the mixin in front of the layer's shared expert, if it has one."""
     if ffn.shared_experts is not None:
-        ffn.shared_experts.__class__ = overlay_class(type(ffn.shared_experts))
+        ffn.shared_experts.__class__ = in_front_of(Nvfp4SharedExpertMixin, type(ffn.shared_experts))
 
 
 def finish(ffn: Any) -> None:

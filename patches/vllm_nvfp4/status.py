@@ -1,7 +1,7 @@
 """The heartbeat file: where a load stands, for a probe in the same container.
 
-Written when something happened, never by a timer: a stuck load shows as an age that grows. One writer a rank; rank 0 writes
-the file itself, rank N the same path with `.rankN` behind it.
+Written when something happened, never by a timer: a stuck load shows as an age that grows. One writer a rank; rank 0
+writes the file itself, rank N the same path with `.rankN` behind it.
 """
 
 import json

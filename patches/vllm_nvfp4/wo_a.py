@@ -1,19 +1,19 @@
 """wo_a, the grouped output projection: kept as exported, or in NVFP4 on request (NVFP4_WO_A=1).
 
-ModelOpt 0.47 does not quantize wo_a, so there is no calibrated `input_scale` for it. The scale is derived instead from a
-bound that holds for every input: attention output is a convex combination of RMS-normalised key/value rows, so no element
-can exceed sqrt(head_dim) * max|norm weight| (docs/decisions/0003-wo-a-input-scale.md).
+ModelOpt 0.47 does not quantize wo_a, so there is no calibrated `input_scale` for it. The scale is derived instead from
+a bound that holds for every input: attention output is a convex combination of RMS-normalised key/value rows, so no
+element can exceed sqrt(head_dim) * max|norm weight| (docs/decisions/0003-wo-a-input-scale.md).
 """
 
 import math
 from typing import Any
 
 import torch
-from cutedsl.formats import NVFP4
-from cutedsl.quantize import quantize_weight
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method as v2_loader
 
+from cutedsl.formats import NVFP4
+from cutedsl.quantize import quantize_weight
 from vllm_nvfp4 import platform, selection
 from vllm_nvfp4.checkpoint import CheckpointError
 from vllm_nvfp4.inventory import Format

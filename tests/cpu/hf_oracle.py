@@ -5,12 +5,16 @@ the number format, not the experts. The hard part is that a silent mistake here 
 every tensor of the checkpoint is set by a name written out below, and one that is left over, on either side, is an error.
 
 Only the arithmetic of the quantized matrices is emulated (4-bit weights and activations); everything else stays float32,
-where the engine has BF16 activations and an FP8 KV cache. Answers therefore agree closely, not exactly.
+where the engine has BF16 activations and an FP8 KV cache. Answers therefore agree closely, not exactly. Rounding errors
+are large where the model is undecided (4-bit activations turn them into other codes and other experts), so
+`Oracle.disturbed` shows what errors of that size do to the oracle itself, and `Oracle.attention` compares one layer at a
+time on the engine's own inputs, where no error has built up.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -79,7 +83,9 @@ EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])")
 def dequantize(packed: torch.Tensor, block_scale: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
     """value(code) * block scale * tensor scale in float32; two codes a byte, the first in the low nibble."""
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return VALUES[codes.long()] * block_scale.float().repeat_interleave(BLOCK, dim=-1) * tensor_scale.float()
+    # Scales first: the order in which ModelOpt multiplies, and so its very bytes (test_operators.py).
+    scale = block_scale.float() * tensor_scale.float()
+    return VALUES[codes.long()] * scale.repeat_interleave(BLOCK, dim=-1)
 
 
 def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
@@ -93,6 +99,11 @@ def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
     grid = torch.where(scaled < 2, 0.5, torch.where(scaled < 4, 1.0, 2.0))
     rounded = (torch.round(scaled / grid) * grid).clamp(max=E2M1_MAX)
     return (rounded.copysign(blocks) * step).flatten(-2)
+
+
+def _bias(seen: torch.Tensor) -> torch.Tensor:
+    """(1, 1, T, S): 0 where seen, minus infinity elsewhere."""
+    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
 
 
 class FakeQuantLinear(nn.Module):
@@ -153,12 +164,60 @@ class Oracle:
             logits = self.model(tokens, use_cache=False, logits_to_keep=num_new).logits
         return logits[0].float().log_softmax(dim=-1)
 
-    def greedy(self, prompt: Sequence[int], num_new: int) -> tuple[list[int], torch.Tensor]:
-        """Its own greedy continuation, and the log-probabilities (num_new, vocab) on the way."""
-        tokens: list[int] = []
-        for _ in range(num_new):
-            tokens.append(int(self.logprobs([*prompt, *tokens], 1, [])[0].argmax()))
-        return tokens, self.logprobs(prompt, num_new, tokens)
+    @contextlib.contextmanager
+    def disturbed(self, relative: float, seed: int) -> Iterator[None]:
+        """Within it, every module's output is multiplied by 1 + relative * N(0, 1): rounding, with other luck each seed."""
+        random = torch.Generator().manual_seed(seed)
+
+        def disturb(module: nn.Module, args: object, out: object) -> object:
+            if not isinstance(out, torch.Tensor) or not out.is_floating_point():
+                return None  # routers' indices, rotary tables
+            return out * (1 + relative * torch.randn(out.shape, generator=random))
+
+        with contextlib.ExitStack() as stack:
+            for module in self.model.modules():
+                if next(module.children(), None) is None:
+                    stack.enter_context(module.register_forward_hook(disturb))
+            yield
+
+    def attention(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        window: int | None = None,
+        blocks: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """What one layer's attention gives its last projection, for a whole sequence from position 0.
+
+        Args:
+            layer: its index.
+            hidden: (T, hidden_size), what the engine gave this layer's first projections.
+            window: positions that a token sees, itself included; the config's by default.
+            blocks: mistakes for a test to make. Takes the compressed blocks each token sees, (T, B) bool, the indexer's
+                selection included, and returns those it shall see instead.
+
+        Returns: (T, o_groups * o_lora_rank) float32.
+        """
+        attention = self.model.model.layers[layer].self_attn
+        positions = torch.arange(len(hidden))
+        distance = positions[:, None] - positions
+        seen = (distance >= 0) & (distance < (window or self.config.sliding_window))
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, args: object, out: torch.Tensor) -> None:
+            caught.append(out[0].flatten(1))
+
+        def edit(module: nn.Module, args: object, out: tuple[torch.Tensor, torch.Tensor]) -> tuple:
+            assert blocks is not None
+            return out[0], _bias(blocks(out[1][0, 0] == 0))
+
+        with torch.inference_mode(), attention.o_a_proj.register_forward_hook(catch), contextlib.ExitStack() as stack:
+            if blocks is not None:
+                stack.enter_context(attention.compressor.register_forward_hook(edit))
+            x, at = hidden[None].float(), positions[None]
+            rope = {k: self.model.model.rotary_emb(x, position_ids=at, layer_type=k) for k in ("main", "compress")}
+            attention(x, rope, at, _bias(seen))
+        return caught[0]
 
     def _fill(self, tensors: dict[str, torch.Tensor]) -> None:
         targets = {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items()}
@@ -182,10 +241,14 @@ class Oracle:
     def _copy(name: str, tensor: torch.Tensor, targets: dict[str, torch.Tensor], target: str) -> None:
         place = targets.pop(target, None)
         if place is None or place.shape != tensor.shape or place.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{name} {tuple(tensor.shape)} does not fit {target}: {place if place is None else place.shape}")
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} does not fit {target}: {place if place is None else place.shape}"
+            )
         place.copy_(tensor)
 
-    def _replace(self, linears: dict[tuple[str, str], dict[str, torch.Tensor]], targets: dict[str, torch.Tensor]) -> None:
+    def _replace(
+        self, linears: dict[tuple[str, str], dict[str, torch.Tensor]], targets: dict[str, torch.Tensor]
+    ) -> None:
         """Put FakeQuantLinear and FakeQuantExperts in the place of the modules whose weights are quantized."""
         experts: dict[str, dict[int, dict[str, FakeQuantLinear]]] = {}
         for (layer, name), parts in linears.items():

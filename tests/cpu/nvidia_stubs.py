@@ -16,8 +16,10 @@ is computed on the way except where a scenario says so. What is faked, and why:
    here, which repacks weights on a GPU; what is under test is that the right bytes reach the right parameter.
 7. `vllm_nvfp4.platform._choice` is `reference` where a scenario says so: cutedsl has no GPU kernels yet, and without a
    backend the overlay's own methods would not be chosen at all.
+8. `FusedMoEParallelConfig.make` says "rank 1 of 2" in the expert-parallel scenario: a second rank would be a process.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -48,15 +50,10 @@ from vllm.platforms import PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-EP_SIZE, EP_RANK = 2, 1
 # vLLM's module -> the checkpoint's modules in it, by rows. Written again here: it is what the overlay's table must say.
 SHARDS = {"fused_wqa_wkv": ("wq_a", "wkv"), "fused_wkv_wgate": ("wkv", "wgate"), "gate_up_proj": ("w1", "w3")}
 SCALES = ("weight_scale_2", "input_scale")
 Tensors = dict[str, torch.Tensor]
-
-
-class Inert:
-    """Stands for torch.cuda.Stream and torch.cuda.Event."""
 
 
 def engine_config(scenario: str, checkpoint: str) -> VllmConfig:
@@ -76,7 +73,7 @@ def become_nvidia() -> None:
     platform = type(current_platform)
     platform._enum = PlatformEnum.CUDA
     platform.get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(10, 0))
-    torch.cuda.Stream = torch.cuda.Event = Inert  # type: ignore[misc, assignment]
+    torch.cuda.Stream = torch.cuda.Event = type("Inert", (), {})  # type: ignore[misc]
     library = torch.library.Library("_C", "FRAGMENT")
     library.define("silu_and_mul_with_clamp(Tensor! result, Tensor input, float limit) -> ()")
     become_nvidia.library = library  # type: ignore[attr-defined]  # the declaration lives as long as this object
@@ -84,12 +81,9 @@ def become_nvidia() -> None:
 
     from vllm_nvfp4 import fp8_block, registration
 
-    class AnywhereFp8BlockKernel(fp8_block.ReferenceFp8BlockKernel):
-        @classmethod
-        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-            return True, None
-
-    _POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA] = [AnywhereFp8BlockKernel]
+    anywhere = {"is_supported": classmethod(lambda cls, compute_capability=None: (True, None))}
+    kernel = type("AnywhereFp8BlockKernel", (fp8_block.ReferenceFp8BlockKernel,), anywhere)
+    _POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA] = [kernel]
     importlib.reload(importlib.import_module("vllm.models.deepseek_v4"))
     registration.register_all()
 
@@ -101,7 +95,7 @@ def reference() -> Any:
 
 @contextmanager
 def worker(config: VllmConfig) -> Iterator[None]:
-    """What vLLM's loaders find around them; the default type is the model's, which a new tensor takes if nobody says."""
+    """What vLLM's loaders find around them: the configuration, and the model's type as that of any new tensor."""
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         yield
 
@@ -114,12 +108,6 @@ def create(config: VllmConfig, *, draft: bool = False) -> torch.nn.Module:
     model_config = config.speculative_config.draft_model_config if draft else config.model_config
     with worker(config):
         return get_model_loader(config.load_config).create_model(config, model_config)
-
-
-def load(config: VllmConfig, model: torch.nn.Module) -> None:
-    """Through the overlay's own model loader, which reads the files."""
-    with worker(config):
-        get_model_loader(config.load_config).load_weights(model, config.model_config)
 
 
 def feed(config: VllmConfig, model: torch.nn.Module, tensors: Tensors) -> Any:
@@ -251,21 +239,17 @@ def bad_runners(model: torch.nn.Module) -> list[str]:
     return wrong
 
 
-def methods(model: torch.nn.Module) -> Counter[str]:
-    """How many modules have which quantization method, with which kernel."""
-    found: Counter[str] = Counter()
+def counts(model: torch.nn.Module) -> dict[str, Counter[str]]:
+    """How many modules have which quantization method (with which kernel), and which runner."""
+    methods, runners = Counter[str](), Counter[str]()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         kernel = getattr(method, "kernel", None) or getattr(method, "fp8_linear", None)
         if method is not None:
-            found[type(method).__name__ + (f"/{type(kernel).__name__}" if kernel else "")] += 1
-    return found
-
-
-def runners(model: torch.nn.Module) -> Counter[str]:
-    """How many runners of each kind the modules hold."""
-    held = [vars(module).get(key) for module in model.modules() for key in ("nvfp4_runner", "nvfp4_wo_a_runner")]
-    return Counter(type(runner).__name__ for runner in held if runner is not None)
+            methods[type(method).__name__ + (f"/{type(kernel).__name__}" if kernel else "")] += 1
+        held = (vars(module).get("nvfp4_runner"), vars(module).get("nvfp4_wo_a_runner"))
+        runners.update(type(runner).__name__ for runner in held if runner is not None)
+    return {"methods": methods, "runners": runners}
 
 
 def loaded(config: VllmConfig, *, draft: bool = False, skip: str = "") -> tuple[Any, dict[str, Any]]:
@@ -281,23 +265,31 @@ def loaded(config: VllmConfig, *, draft: bool = False, skip: str = "") -> tuple[
         asked.extend(name for name, _ in pairs)
         return read_tensors(pairs, *args)
 
-    with patch.object(checkpoint, "read_tensors", spy):
-        load(config, model)
+    with worker(config), patch.object(checkpoint, "read_tensors", spy):
+        get_model_loader(config.load_config).load_weights(model, config.model_config)
     process(config, model)
     names = canonical(dict.fromkeys(asked, torch.empty(0)), config)
     facts = {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "upstream": f"{type(model).__mro__[2].__module__}.{type(model).__mro__[2].__qualname__}",
+        "classes": [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__],
         "num_params": len(list(model.parameters())),
         "num_tensors": len(tensors),
         "read_mtp": sum(name.startswith("mtp.") for name in names),
         "read_main": sum(not name.startswith("mtp.") for name in names),
         **Expected(tensors, config).compare(model, draft, skip),
-        "methods": methods(model),
-        "runners": runners(model),
+        **counts(model),
         "bad_runners": bad_runners(model),
+        "digest": digest(model),
     }
     return model, facts
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all parameters but tensor scales: the same for each spelling of one model, whatever the table of names says."""
+    found = hashlib.sha256()
+    for name, param in sorted(model.named_parameters()):
+        if not name.endswith(SCALES):
+            found.update(raw(param).numpy().tobytes())
+    return found.hexdigest()
 
 
 def failure(action: Callable[[], Any]) -> str:
@@ -357,11 +349,10 @@ def padded_rows(config: VllmConfig, model: Any) -> int:
     def pad_only(self: Loader, weights: Iterator[tuple[str, torch.Tensor]]) -> Any:
         return [self._pad_fp8_shared_expert(name, tensor).shape[0] for name, tensor in weights]
 
-    weight = torch.zeros(128, 256, dtype=torch.float8_e4m3fn)
+    weight = {"x.shared_experts.gate_up_proj.weight": torch.zeros(128, 256, dtype=torch.float8_e4m3fn)}
     num_ranks = patch("vllm.models.deepseek_v4.nvidia.model.get_tensor_model_parallel_world_size", lambda: 3)
     with patch.object(Loader, "load", pad_only), num_ranks:
-        (rows,) = feed(config, model, {"x.shared_experts.gate_up_proj.weight": weight})
-    return rows
+        return feed(config, model, weight)[0]
 
 
 def scenario_wo_a(config: VllmConfig) -> dict[str, Any]:
@@ -381,15 +372,15 @@ def scenario_wo_a(config: VllmConfig) -> dict[str, Any]:
 
 
 def scenario_ep(config: VllmConfig) -> dict[str, Any]:
-    """Rank 1 of 2 expert-parallel ranks. Simulated: vLLM's answer to "which ranks share the experts" is replaced."""
+    """Rank 1 of 2 expert-parallel ranks (stub 8), fed as vLLM's own filter of files would."""
     make = FusedMoEParallelConfig.make
 
     def as_rank(*args: Any, **kwargs: Any) -> FusedMoEParallelConfig:
-        return replace(make(*args, **kwargs), use_ep=True, ep_size=EP_SIZE, ep_rank=EP_RANK)
+        return replace(make(*args, **kwargs), use_ep=True, ep_size=2, ep_rank=1)
 
-    num_local = config.model_config.hf_config.n_routed_experts // EP_SIZE
-    local = range(EP_RANK * num_local, (EP_RANK + 1) * num_local)
-    # vLLM's own filter: other ranks' weights are not read, other ranks' scales are.
+    num_experts = config.model_config.hf_config.n_routed_experts
+    local = range(num_experts // 2, num_experts)
+    # Other ranks' weights are not read, other ranks' scales are.
     tensors = {n: t for n, t in read(config).items() if not should_skip_weight(n, set(local))}
     with reference(), patch.object(FusedMoEParallelConfig, "make", staticmethod(as_rank)):
         model = create(config)
@@ -400,8 +391,8 @@ def scenario_ep(config: VllmConfig) -> dict[str, Any]:
         process(config, model)
     facts: dict[str, Any] = Expected(tensors, config, local).compare(model, False, "")
     del facts["unused"]  # other ranks' scales, on purpose
-    facts["local"] = {layer.ffn.experts.routed_experts.nvfp4_runner.num_experts for layer in model.model.layers}.pop()
-    return facts | {"bad_runners": bad_runners(model), "missing": missing, "num_params": len(list(model.parameters()))}
+    facts["num_local"] = [layer.ffn.experts.routed_experts.nvfp4_runner.num_experts for layer in model.model.layers]
+    return facts | {"bad_runners": bad_runners(model), "missing": missing}
 
 
 def scenario_stock(config: VllmConfig) -> dict[str, Any]:
@@ -410,15 +401,15 @@ def scenario_stock(config: VllmConfig) -> dict[str, Any]:
 
     selection.clear()
     facts: dict[str, Any] = {"backend": platform.backend(), "reason": platform.unavailable_reason()}
-    tensors = read(config)
-    model = create(config)
+    tensors, model = read(config), create(config)
     poison(model)
     facts["num_loaded"] = len(feed(config, model, tensors))
+    facts["derived_by_load"] = model.model.layers[0].hc_attn_fn_broadcast is not None
     facts |= Expected(tensors, config).compare(model, False, "")
     facts["summary"] = [[*key, count] for key, count in sorted(selection.summary().items())]
     facts["num_fallbacks"] = selection.num_fallbacks()
     process(config, model)
-    facts |= {"methods": methods(model), "runners": runners(model)}
+    facts |= counts(model)
 
     def changed(name: str) -> str:
         model = create(config)
@@ -440,19 +431,19 @@ def scenario_broken(config: VllmConfig) -> dict[str, Any]:
     tensors = read(config)
     layer, expert = "layers.1", "layers.2.ffn.experts.5"
 
+    def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+        return tensors | {name: change(tensors[name])}
+
     def without(name: str) -> Tensors:
-        assert name in tensors
+        tensors[name]  # must be there to be missed
         return {n: t for n, t in tensors.items() if n != name}
 
-    def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
-        return {n: change(t) if n == name else t for n, t in tensors.items()} if name in tensors else {}
-
-    extra, nan = torch.zeros(4, 4), torch.tensor(float("nan"))
+    extra = torch.zeros(4, 4)
     wide = (lambda t: torch.cat([t, t]), lambda t: torch.cat([t, t], dim=1))
     cases = {
-        "extra unknown": {**tensors, f"{layer}.attn.mystery.weight": extra},
-        "extra module": {**tensors, "layers.0.attn.compressor.wkv.weight": extra},
-        "extra expert": {**tensors, "layers.0.ffn.experts.99.w1.weight": extra},
+        "extra unknown": tensors | {f"{layer}.attn.mystery.weight": extra},
+        "extra module": tensors | {"layers.0.attn.compressor.wkv.weight": extra},
+        "extra expert": tensors | {"layers.0.ffn.experts.99.w1.weight": extra},
         "missing plain": without(f"{layer}.attn_norm.weight"),
         "missing head": without("head.weight"),
         "missing shard": without(f"{layer}.attn.wkv.weight"),
@@ -470,7 +461,7 @@ def scenario_broken(config: VllmConfig) -> dict[str, Any]:
         "dtype packed": changed(f"{layer}.attn.wq_b.weight", lambda t: t.to(torch.bfloat16)),
         "dtype scale": changed(f"{expert}.w2.weight_scale", lambda t: t.float()),
         "dtype plain": changed(f"{layer}.attn_norm.weight", lambda t: t.to(torch.float8_e4m3fn)),
-        "nan": changed(f"{expert}.w1.input_scale", lambda t: nan),
+        "nan": changed(f"{expert}.w1.input_scale", lambda t: t * float("nan")),
         "draft missing": without("mtp.0.h_proj.weight"),
         "draft expert": without("mtp.0.ffn.experts.5.w1.weight"),
     }
@@ -484,22 +475,15 @@ def scenario_broken(config: VllmConfig) -> dict[str, Any]:
     return facts
 
 
-SCENARIOS: dict[str, Callable[[VllmConfig], dict[str, Any]]] = {
-    "main": scenario_main,
-    "mtp": scenario_mtp,
-    "wo_a": scenario_wo_a,
-    "ep": scenario_ep,
-    "stock": scenario_stock,
-    "broken": scenario_broken,
-}
+RUNS = (scenario_main, scenario_mtp, scenario_wo_a, scenario_ep, scenario_stock, scenario_broken)
+SCENARIOS = {run.__name__.removeprefix("scenario_"): run for run in RUNS}
 
 
 def main() -> None:
     """`name=folder` for each scenario; what follows the first `-` of a name only tells its results apart."""
-    wanted = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    configs = {name: engine_config(name.partition("-")[0], folder) for name, folder in wanted.items()}
-    first = next(iter(configs.values()))
-    with set_current_vllm_config(first), tempfile.TemporaryDirectory() as folder:
+    wanted = [argument.split("=", 1) for argument in sys.argv[1:]]
+    configs = {name: engine_config(name.partition("-")[0], folder) for name, folder in wanted}
+    with set_current_vllm_config(next(iter(configs.values()))), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         initialize_model_parallel(1, 1)
     become_nvidia()

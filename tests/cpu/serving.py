@@ -25,9 +25,7 @@ def run_engine(folder: Path, model: Path, prompts: list[list[int]], max_tokens: 
     folder.mkdir(parents=True, exist_ok=True)
     job, out = folder / "job.json", folder / "out.json"
     job.write_text(
-        json.dumps(
-            {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": options.get("llm", {})}
-        )
+        json.dumps({"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": options.get("llm", {})})
     )
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("engine_run.py")), str(job), str(out)],

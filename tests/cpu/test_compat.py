@@ -1,4 +1,4 @@
-"""The vLLM that the overlay runs on: the tested version, or one that the user names exactly; and the process's environment."""
+"""The vLLM that the overlay runs on: the tested version, or one that the user names exactly; and its environment."""
 
 import importlib.metadata
 import logging
@@ -61,7 +61,7 @@ def test_no_vllm(install: Callable[..., None]) -> None:
 def test_another_version_is_refused(install: Callable[..., None], distribution: str, version: str) -> None:
     install(**{distribution: version})
     name = distribution.replace("_", "-")
-    with pytest.raises(RuntimeError, match="was written and tested for vLLM 0.32.0 only") as error:
+    with pytest.raises(RuntimeError, match=r"was written and tested for vLLM 0\.32\.0 only") as error:
         compat.check_vllm_version()
     message = str(error.value)
     assert message.startswith(f"{name} {version} is installed")
@@ -100,7 +100,7 @@ def test_registering_with_another_version_fails_and_registers_nothing(
 ) -> None:
     install(vllm="0.33.0")
     monkeypatch.setattr(vllm_nvfp4, "_registered", False)
-    with pytest.raises(RuntimeError, match="vllm 0.33.0 is installed"):
+    with pytest.raises(RuntimeError, match=r"vllm 0\.33\.0 is installed"):
         vllm_nvfp4.register()
     assert not vllm_nvfp4._registered
 

@@ -50,7 +50,13 @@ def test_swa_indices_equal_the_kernel(queries, prefixes, padded, offset, replay)
         shared = {"swa_indices": indices, "swa_lens": lens, "window_size": window, "index_width": window}
         if call == "torch":
             cpu_kernels.swa_indices_and_lens(
-                None, **shared, left_visible=lens, right_visible=lens, **inputs, num_tokens=num_tokens, token_offset=offset
+                None,
+                **shared,
+                left_visible=lens,
+                right_visible=lens,
+                **inputs,
+                num_tokens=num_tokens,
+                token_offset=offset,
             )
         else:
             launch_kernel(shared, inputs, num_tokens, offset)

@@ -53,7 +53,7 @@ def in_float64(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> np
 def check(found: torch.Tensor, wanted: np.ndarray) -> None:
     """Close as a whole and in the worst row.
 
-    fp32 products and sums of up to 512 terms: each rounding is 6e-8 of a partial sum, and they add up like a random walk.
+    fp32 products and sums of up to 512 terms: each rounding is 6e-8 of a partial sum, and they add up as random walks do.
     """
     assert (found.dtype, found.shape) == (torch.float32, wanted.shape)
     error, size = found.double().numpy() - wanted, np.linalg.norm(wanted, axis=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from make_tiny_checkpoint import TinySpec, make_tiny_checkpoint
 from vllm_nvfp4 import architecture, names
 from vllm_nvfp4.checkpoint import CheckpointError, Tensor, read_folder
 from vllm_nvfp4.config import DeepseekV4Config
@@ -95,6 +96,21 @@ def test_a_real_export(affine: Path) -> None:
         f"model.layers.{i}.attn.wo_a" for i in range(4)
     }
     assert set(found.formats.values()) == {Format.NVFP4, Format.HIGH}
+
+
+@pytest.mark.parametrize(("layout", "mtp"), [("L1", 0), ("L2", 0), ("L3", 1), ("bare", 1)])
+def test_every_layout_of_one_model(tmp_path: Path, layout: str, mtp: int) -> None:
+    spec = TinySpec(layout=layout, mtp=mtp, layers=(0, 4, 128), hidden=128, experts=4, topk=2)
+    make_tiny_checkpoint(tmp_path / "x", spec)
+    config = DeepseekV4Config(**json.loads((tmp_path / "x" / "config.json").read_text()))
+    found = take_inventory(read_folder(tmp_path / "x"), config)
+    assert (found.layout, found.num_mtp_layers) == (layout, mtp)
+    assert found.formats[f"{FFN}.experts"] is Format.NVFP4
+    dense = Format.FP8_BLOCK if layout == "L3" else Format.NVFP4
+    assert found.format_of((f"{ATTN}.wq_a", f"{ATTN}.wkv")) is dense
+    assert found.formats.get("mtp.0.e_proj") is (dense if mtp else None)
+    assert found.formats[f"{ATTN}.compressor.wkv"] is (Format.HIGH if layout == "L3" else Format.NVFP4)
+    assert found.formats[f"{ATTN}.wo_a"] is (Format.FP8_BLOCK if layout == "L3" else Format.HIGH)
 
 
 def test_formats_per_module() -> None:
@@ -196,7 +212,9 @@ def test_every_single_shape_and_type_is_checked() -> None:
         wrong = (*tensor.shape[:-1], tensor.shape[-1] + 1) if tensor.shape else (2,)
         message = refused(with_shape(rows, name, *wrong), f"{FILE}: {name} has shape {wrong}, expected {tensor.shape}")
         assert "from config.json; the file and the configuration are not of one model" in message
-        refused(with_dtype(rows, name, torch.int16), f"{FILE}: {name} is torch.int16, expected torch.", "export it again")
+        refused(
+            with_dtype(rows, name, torch.int16), f"{FILE}: {name} is torch.int16, expected torch.", "export it again"
+        )
         refused_types += 1
     assert refused_types == len(rows) > 300
 
@@ -365,7 +383,11 @@ def stray(names_of_layer: Iterable[str]) -> Rows:
 
 @pytest.mark.parametrize(
     ("name", "layer", "count"),
-    [("mtp.1.enorm.weight", 1, 1), ("mtp.999999999.enorm.weight", 999999999, 1), ("layers.1000000.enorm.weight", 999997, 1)],
+    [
+        ("mtp.1.enorm.weight", 1, 1),
+        ("mtp.999999999.enorm.weight", 999999999, 1),
+        ("layers.1000000.enorm.weight", 999997, 1),
+    ],
 )
 def test_an_mtp_layer_out_of_order_sizes_nothing(name: str, layer: int, count: int) -> None:
     refused(

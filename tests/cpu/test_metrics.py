@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,10 @@ from vllm_nvfp4.metrics import FOLDER_VARIABLE, ModuleCollector
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """No records of other tests."""
     monkeypatch.setattr(selection, "_choices", {})
     monkeypatch.setattr(selection, "_logged_fallbacks", set())
-    yield
 
 
 @pytest.fixture

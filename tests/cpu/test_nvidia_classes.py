@@ -100,8 +100,8 @@ def main_facts(results: dict[str, Any], scenario: str) -> dict[str, Any]:
 def test_main_model_is_complete(results: dict[str, Any], scenario: str) -> None:
     facts = main_facts(results, scenario)
     assert_complete(facts, unfilled=[])
-    assert facts["class"] == "vllm_nvfp4.model.DeepseekV4ForCausalLM"
-    assert facts["upstream"] == MODEL
+    assert facts["classes"][0] == "vllm_nvfp4.model.DeepseekV4ForCausalLM"
+    assert MODEL in facts["classes"]
     # From disk: everything of the main model, nothing of the draft.
     assert facts["read_mtp"] == 0
     assert facts["read_main"] == facts["num_tensors"] - {"mtp-bare": 442, "mtp-l3": 423}.get(scenario, 0)
@@ -125,8 +125,8 @@ def test_draft_takes_all_mtp_tensors_and_nothing_else(results: dict[str, Any]) -
     facts = facts_of(results, "mtp-bare")
     draft = facts["draft"]
     assert_complete(draft, unfilled=[])
-    assert draft["class"] == "vllm_nvfp4.mtp.DeepSeekV4MTP"
-    assert draft["upstream"] == DRAFT
+    assert draft["classes"][0] == "vllm_nvfp4.mtp.DeepSeekV4MTP"
+    assert DRAFT in draft["classes"]
     assert facts["main"]["registered_draft"].endswith("(module_name='vllm_nvfp4.mtp', class_name='DeepSeekV4MTP')")
     assert (draft["read_mtp"], draft["read_main"]) == (442, 0)
     assert draft["num_params"] == 58
@@ -154,9 +154,20 @@ def test_fp8_shared_experts_are_padded_in_both_models(results: dict[str, Any]) -
     assert main_facts(results, "mtp-bare")["padded_rows"] == [128, 128]
 
 
+def test_every_layout_of_one_model_loads_alike(results: dict[str, Any]) -> None:
+    digests = {main_facts(results, scenario)["digest"] for scenario in ("main-l1", "main-l1attn", "mtp-bare")}
+    assert len(digests) == 1
+    assert main_facts(results, "main-affine")["digest"] not in digests
+
+
 @pytest.mark.parametrize("scenario", ["main-affine", "main-l1"])
-def test_what_upstream_derives_while_loading_is_there(results: dict[str, Any], scenario: str) -> None:
+def test_what_upstream_derives_from_weights_is_right(results: dict[str, Any], scenario: str) -> None:
     assert facts_of(results, scenario)["broadcast_is_derived"]
+
+
+def test_what_upstream_derives_is_there_right_after_a_load(results: dict[str, Any]) -> None:
+    # Reloading weights into a running engine ends with load_weights.
+    assert facts_of(results, "stock")["derived_by_load"]
 
 
 @pytest.mark.parametrize("scenario", ["main-affine", "main-l1"])
@@ -182,7 +193,7 @@ def test_wo_a_is_quantized_on_request(results: dict[str, Any]) -> None:
 def test_expert_parallel_rank_holds_its_own_experts(results: dict[str, Any]) -> None:
     facts = facts_of(results, "ep")
     assert (facts["unfilled"], facts["mismatched"], facts["bad_runners"]) == ([], [], [])
-    assert facts["local"] == 16
+    assert facts["num_local"] == [16] * len(RATIOS)
     assert "31 of 32" in facts["missing"]
     assert "layers.2.ffn.experts.routed_experts.w13_weight" in facts["missing"]
 

@@ -64,7 +64,9 @@ def test_a_bad_block_scale_is_named(byte: int, problem: str) -> None:
 @pytest.mark.parametrize(("value", "problem"), BAD_GLOBALS)
 @pytest.mark.parametrize("leaf", ["weight_scale_2", "input_scale"])
 @pytest.mark.parametrize(
-    ("shape", "index"), [((), ()), ((1,), (0,)), ((3,), (2,)), ((4, 2), (3, 1))], ids="scalar one shards experts".split()
+    ("shape", "index"),
+    [((), ()), ((1,), (0,)), ((3,), (2,)), ((4, 2), (3, 1))],
+    ids=["scalar", "one", "shards", "experts"],
 )
 def test_a_bad_global_scale_is_named_with_its_place(
     value: float, problem: str, leaf: str, shape: tuple[int, ...], index: tuple[int, ...]
@@ -93,14 +95,18 @@ CANONICAL = "model.layers.1.attn.wq_b"
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_bad_global_scale_in_the_file(value: float, problem: str, leaf: str, shape: tuple[int, ...]) -> None:
     tensor = torch.full(shape, value)
-    with pytest.raises(CheckpointError, match=re.escape(f"{NAME}.{leaf} is {problem} ({tensor.item()}); expected")) as error:
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{NAME}.{leaf} is {problem} ({tensor.item()}); expected")
+    ) as error:
         check_scale_tensor(f"{NAME}.{leaf}", f"{CANONICAL}.{leaf}", tensor)
     assert "calibrate and export the checkpoint again" in str(error.value)
 
 
 @pytest.mark.parametrize(("byte", "problem"), [(0x7F, "NaN"), (0xFF, "NaN"), (0x81, "negative")])
 def test_a_bad_block_scale_in_the_file(byte: int, problem: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"{re.escape(NAME)}\.weight_scale is {problem}; expected a positive finite"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(NAME)}\.weight_scale is {problem}; expected a positive finite"
+    ):
         check_scale_tensor(f"{NAME}.weight_scale", f"{CANONICAL}.weight_scale", block_scales(byte))
 
 

@@ -1,4 +1,4 @@
-"""What serves each module is recorded and counted, and strict mode refuses a fallback; a misspelled switch is no `off`."""
+"""What serves each module is recorded and counted; strict mode refuses a fallback; a misspelled switch is no `off`."""
 
 import logging
 import re
@@ -69,7 +69,12 @@ def test_a_module_recorded_again_counts_once() -> None:
 
 
 def test_the_summary_is_one_line_a_kind(lines: list[tuple[str, str]]) -> None:
-    for module, kind, fallback in (("a", "moe", False), ("b", "linear", True), ("c", "linear", False), ("d", "moe", False)):
+    for module, kind, fallback in (
+        ("a", "moe", False),
+        ("b", "linear", True),
+        ("c", "linear", False),
+        ("d", "moe", False),
+    ):
         selection.record(module, kind, "stock" if fallback else "cutedsl reference", fallback=fallback)
     del lines[:]
     selection.log_summary()
@@ -84,8 +89,8 @@ def test_strict_mode_refuses_a_fallback_and_nothing_else(monkeypatch: pytest.Mon
     monkeypatch.setenv("NVFP4_STRICT", "1")
     selection.record("a", "linear", "cutedsl reference")
     message = (
-        "NVFP4_STRICT=1 refuses a stock fallback: moe model.layers.0.ffn.experts would be served by Stock (no kernels). "
-        "Unset NVFP4_STRICT to allow it"
+        "NVFP4_STRICT=1 refuses a stock fallback: moe model.layers.0.ffn.experts would be served by Stock (no "
+        "kernels). Unset NVFP4_STRICT to allow it"
     )
     with pytest.raises(RuntimeError, match=re.escape(message)):
         selection.record("model.layers.0.ffn.experts", "moe", "Stock", fallback=True, reason="no kernels")
@@ -120,9 +125,9 @@ def test_flags(monkeypatch: pytest.MonkeyPatch, value: str | None, expected: boo
 
 
 def test_the_table_of_variables() -> None:
-    assert [v.name for v in env.VARIABLES] == [
-        v.name for v in vars(env).values() if isinstance(v, env.Variable)
-    ], "a variable is missing in VARIABLES"
+    assert [v.name for v in env.VARIABLES] == [v.name for v in vars(env).values() if isinstance(v, env.Variable)], (
+        "a variable is missing in VARIABLES"
+    )
     for variable in env.VARIABLES:
         assert variable.name.startswith("NVFP4_")
         assert variable.doc

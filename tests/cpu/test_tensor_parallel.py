@@ -19,7 +19,12 @@ def test_two_ranks_answer_as_modelopt(affine: Path, tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         for row in json.loads((affine / "reference.json").read_text()):
             answer = client.completions.create(
-                model=str(affine), prompt=row["prompt_token_ids"], max_tokens=16, temperature=0, logprobs=1, extra_body=EXTRA
+                model=str(affine),
+                prompt=row["prompt_token_ids"],
+                max_tokens=16,
+                temperature=0,
+                logprobs=1,
+                extra_body=EXTRA,
             )
             tokens, logprobs = parse(answer)
             count = sure_positions(row)

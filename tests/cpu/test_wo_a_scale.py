@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from cutedsl.formats import NVFP4
-from cutedsl.quantize import quantize_activation, quantize_weight
 from vllm_nvfp4 import platform, selection, wo_a
 from vllm_nvfp4.checkpoint import CheckpointError
 from vllm_nvfp4.inventory import Format
 from vllm_nvfp4.wo_a import FP8_CACHE_MARGIN, ModelOptNvFp4WoAMethod, input_scale_bound
+
+from cutedsl.formats import NVFP4
+from cutedsl.quantize import quantize_activation, quantize_weight
 
 PREFIX = "model.layers.1.attn.wo_a"
 HEAD_DIM, ROPE_DIM = 512, 64
@@ -22,7 +23,7 @@ def largest_possible(bound: float) -> float:
 
 
 def normalised_rows(weight: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
-    """RMS-normalised rows times the norm's weight, in float64: Gaussian ones, and ones that are nearly all in one place."""
+    """RMS-normalised rows times the norm's weight, in float64: Gaussian ones, and ones nearly all in one place."""
     x = torch.randn(rows, weight.numel(), generator=generator, dtype=torch.float64)
     spike = torch.randint(0, weight.numel(), (rows,), generator=generator)
     spike[0] = int(weight.abs().argmax())
@@ -34,7 +35,7 @@ def normalised_rows(weight: torch.Tensor, rows: int, generator: torch.Generator)
 def test_the_formula() -> None:
     one, two = torch.ones(HEAD_DIM), torch.full((HEAD_DIM,), -3.0).bfloat16()
     assert input_scale_bound([one], HEAD_DIM) == pytest.approx(math.sqrt(512) * 1.0625 / 2688, rel=1e-12)
-    assert input_scale_bound([one, two], HEAD_DIM) == 3 * input_scale_bound([one], HEAD_DIM)
+    assert input_scale_bound([one, two], HEAD_DIM) == pytest.approx(3 * input_scale_bound([one], HEAD_DIM))
     assert input_scale_bound([two, one], HEAD_DIM) == input_scale_bound([one, two], HEAD_DIM)
 
 
