@@ -239,7 +239,11 @@ def read_tensors(
     for path, of_one_file in groupby(ordered, key=lambda item: item[1].file):
         with open(path, "rb", buffering=0) as file:
             for name, tensor in of_one_file:
-                buffer = shared[: tensor.num_bytes] if reuse_buffer else torch.empty(tensor.num_bytes, dtype=torch.uint8, device="cpu")
+                buffer = (
+                    shared[: tensor.num_bytes]
+                    if reuse_buffer
+                    else torch.empty(tensor.num_bytes, dtype=torch.uint8, device="cpu")
+                )
                 yield name, _read_one(file.fileno(), name, tensor, buffer)
 
 

@@ -4,6 +4,7 @@ vLLM's default loader maps whole files, so a process appears to hold the checkpo
 tensor into its own buffer, which is gone when the parameter has it (measured: tests/cpu/test_memory.py).
 """
 
+import ctypes
 import sys
 import time
 from collections.abc import Generator
@@ -26,6 +27,16 @@ from vllm_nvfp4.status import Status
 LOAD_FORMAT = "nvfp4"
 # Formats of the command line that mean "safetensors files, read the usual way"; only these are replaced.
 REPLACED_FORMATS = ("auto", "hf", "safetensors")
+
+
+def release_free_heap() -> None:
+    """Give what the C heap holds free back to the system; without glibc there is nothing to do.
+
+    Measured on a 518 MB checkpoint: 26 MB of copies that loading had freed stayed with the process.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def layer_key(canonical: str) -> str:
@@ -52,6 +63,7 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         self.status = Status(rank=get_world_group().rank)
         self.status.update("constructing")
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        release_free_heap()
         self.status.update("loaded", 1, 1, "model")
         selection.log_summary()
         metrics.publish(get_world_group().rank)
@@ -61,6 +73,7 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         """Load and remember the model, which knows which tensors this rank needs."""
         self.model = model
         super().load_weights(model, model_config)
+        release_free_heap()
         self.status.update("processing")
 
     def _get_weights_iterator(

@@ -6,7 +6,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 # Imported for their registrations: the quantization method and the load format.
-from vllm_nvfp4 import cpu_gaps, cpu_kernels, fp8_block, linear, model_loader, quantization  # noqa: F401
+from vllm_nvfp4 import linear, model_loader, quantization  # noqa: F401
 from vllm_nvfp4.config import DeepseekV4Config
 from vllm_nvfp4.verification import Nvfp4ModelChecks
 
@@ -21,6 +21,9 @@ def register_all() -> None:
     ModelRegistry.register_model(ARCHITECTURE, "vllm_nvfp4.model:DeepseekV4ForCausalLM")
     linear.register()
     if current_platform.is_cpu():
+        # Imported here: on a GPU these would pull in the model's whole package, in every process.
+        from vllm_nvfp4 import cpu_gaps, cpu_kernels, fp8_block
+
         fp8_block.register()
         cpu_gaps.close_all()
         cpu_kernels.install()

@@ -220,7 +220,7 @@ class Oracle:
         return caught[0]
 
     def _fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        targets = {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        targets = dict(self.model.state_dict(keep_vars=True))
         linears: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             layer, local = match.groups() if (match := LAYER.fullmatch(name)) else ("", name)

@@ -12,7 +12,6 @@ import sys
 import threading
 from pathlib import Path
 
-
 SAMPLE_S = 0.002
 
 
@@ -48,8 +47,6 @@ def main() -> None:
     from vllm_nvfp4.model_loader import Nvfp4ModelLoader
 
     found: dict[str, int] = {}
-    import vllm_nvfp4.model  # its modules are not weights: in memory before the measurement
-
     load = Nvfp4ModelLoader.load_model
 
     def measured(self, *args, **kwargs):

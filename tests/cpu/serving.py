@@ -17,26 +17,31 @@ ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 400
 
 
-def run_engine(folder: Path, model: Path, prompts: list[list[int]], max_tokens: int = 16, **options: Any) -> dict:
-    """Answers of an in-process engine, run in a process of its own; `env` and `llm` are passed on.
+def run_script(script: str, argument: Path, out: Path, env: dict[str, str] | None = None) -> dict:
+    """What `script ARGUMENT OUT` of this folder wrote to OUT, with its output as "log".
 
     Raises: AssertionError - it failed; the message ends with what it printed last.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    job, out = folder / "job.json", folder / "out.json"
-    job.write_text(
-        json.dumps({"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": options.get("llm", {})})
-    )
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("engine_run.py")), str(job), str(out)],
-        env={**os.environ, **options.get("env", {})},
+        [sys.executable, str(Path(__file__).with_name(script)), str(argument), str(out)],
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=START_LIMIT_S,
         check=False,
     )
-    assert done.returncode == 0, f"the engine failed:\n{(done.stdout + done.stderr)[-6000:]}"
-    return {**json.loads(out.read_text()), "log": done.stdout + done.stderr}
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, f"{script} failed:\n{log[-6000:]}"
+    return {**json.loads(out.read_text()), "log": log}
+
+
+def run_engine(folder: Path, model: Path, prompts: list[list[int]], max_tokens: int = 16, **options: Any) -> dict:
+    """Answers of an in-process engine, run in a process of its own; `env` and `llm` are passed on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job = folder / "job.json"
+    llm = options.get("llm", {})
+    job.write_text(json.dumps({"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}))
+    return run_script("engine_run.py", job, folder / "out.json", options.get("env"))
 
 
 def free_port() -> int:
