@@ -88,10 +88,10 @@ def main() -> None:
         "--port",
         str(args.port),
     ]
-    server = subprocess.Popen([*map(str, command), *SERVE_FLAGS, *args.serve_flags])
-    # Ctrl-C reaches the server too (same process group); it shuts down by itself and we only wait.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    # A session of its own, so that Ctrl-C reaches it once, from us: a second signal would make it drop what it is doing.
+    server = subprocess.Popen([*map(str, command), *SERVE_FLAGS, *args.serve_flags], start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: server.terminate())
     seconds = wait_until_ready(server, args.host, args.port)
     print(f"\nReady after {seconds:.0f} s. Try:\n\n{curl_line(args.host, args.port, args.model)}\n", flush=True)
     sys.exit(server.wait())

@@ -55,9 +55,44 @@ def summary() -> dict[tuple[str, str, bool], int]:
 
 
 def log_summary() -> None:
-    """One line a (kind, server), once a model is complete."""
+    """Every module and what serves it, one line a (kind, server), once a model is complete."""
     for (kind, served_by, fallback), count in sorted(summary().items()):
-        logger.info("NVFP4 selection: %d %s by %s%s", count, kind, served_by, " (stock fallback)" if fallback else "")
+        modules = [c.module for c in _choices.values() if (c.kind, c.served_by, c.fallback) == (kind, served_by, fallback)]
+        note = " (stock fallback)" if fallback else ""
+        logger.info("NVFP4 selection: %d %s by %s%s: %s", count, kind, served_by, note, ", ".join(by_pattern(modules)))
+
+
+def by_pattern(modules: list[str]) -> list[str]:
+    """Module names with the layers they occur in collapsed: "model.layers.{0-2,5}.attn.wq_b"."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    patterns: list[str] = []
+    for module in modules:
+        head, number, rest = _split_layer(module)
+        if number is None:
+            patterns.append(module)
+        else:
+            layers.setdefault((head, rest), []).append(number)
+    for (head, rest), numbers in layers.items():
+        patterns.append(f"{head}{{{_ranges(sorted(numbers))}}}{rest}")
+    return sorted(patterns)
+
+
+def _split_layer(module: str) -> tuple[str, int | None, str]:
+    """("model.layers.", 3, ".attn.wq_b"); no number where the module is in no layer."""
+    head, found, tail = module.partition("layers.")
+    number, dot, rest = tail.partition(".")
+    return (head + found, int(number), dot + rest) if found and number.isdecimal() else (module, None, "")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0,1,2,5 as "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def num_fallbacks() -> int:

@@ -260,10 +260,10 @@ def loaded(config: VllmConfig, *, draft: bool = False, skip: str = "") -> tuple[
     poison(model)
     read_tensors = checkpoint.read_tensors
 
-    def spy(wanted: Any, *args: Any) -> Any:
+    def spy(wanted: Any, **kwargs: Any) -> Any:
         pairs = list(wanted)
         asked.extend(name for name, _ in pairs)
-        return read_tensors(pairs, *args)
+        return read_tensors(pairs, **kwargs)
 
     with worker(config), patch.object(checkpoint, "read_tensors", spy):
         get_model_loader(config.load_config).load_weights(model, config.model_config)

@@ -203,10 +203,20 @@ def test_metrics_name_what_serves(server: Server) -> None:
     assert 'nvfp4_fallback_modules{rank="0"} 0.0' in text
 
 
-def test_selection_is_logged_once(server: Server) -> None:
+def test_what_serves_each_module_is_logged_once(server: Server) -> None:
     log = server.log.read_text()
-    assert log.count("NVFP4 selection: 29 linear by cutedsl reference") == 1
-    assert "fallback" not in log.replace("num_fallback", "").lower().split("nvfp4 selection")[1][:200]
+    lines = re.findall(r"NVFP4 selection: (.*)", log)
+    assert len(lines) == 3
+    linears = next(line for line in lines if line.startswith("29 linear by cutedsl reference: "))
+    for module in (
+        "model.layers.{0-3}.attn.fused_wqa_wkv",
+        "model.layers.{1-3}.attn.compressor.fused_wkv_wgate",
+        "model.layers.{1,3}.attn.indexer.weights_proj",
+        "model.layers.{1,3}.attn.indexer.wq_b",
+        "model.layers.{0-3}.ffn.shared_experts.down_proj",
+    ):
+        assert module in linears
+    assert not re.search(r"NVFP4 fallback|stock fallback", log)
 
 
 def test_progress_is_one_line_a_layer(server: Server) -> None:

@@ -79,10 +79,20 @@ def test_the_summary_is_one_line_a_kind(lines: list[tuple[str, str]]) -> None:
     del lines[:]
     selection.log_summary()
     assert lines == [
-        ("INFO", "NVFP4 selection: 1 linear by cutedsl reference"),
-        ("INFO", "NVFP4 selection: 1 linear by stock (stock fallback)"),
-        ("INFO", "NVFP4 selection: 2 moe by cutedsl reference"),
+        ("INFO", "NVFP4 selection: 1 linear by cutedsl reference: c"),
+        ("INFO", "NVFP4 selection: 1 linear by stock (stock fallback): b"),
+        ("INFO", "NVFP4 selection: 2 moe by cutedsl reference: a, d"),
     ]
+
+
+def test_the_summary_names_every_module_with_its_layers() -> None:
+    modules = [f"model.layers.{i}.attn.wq_b" for i in (3, 0, 1, 2, 5, 10)] + ["model.layers.1.attn.wo_b", "lm_head"]
+    assert selection.by_pattern(modules) == [
+        "lm_head",
+        "model.layers.{0-3,5,10}.attn.wq_b",
+        "model.layers.{1}.attn.wo_b",
+    ]
+    assert selection.by_pattern([]) == []
 
 
 def test_strict_mode_refuses_a_fallback_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
