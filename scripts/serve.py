@@ -5,6 +5,7 @@ The checkpoint is random, so its text is noise; everything around it is the real
 
 import argparse
 import json
+import shlex
 import signal
 import socket
 import subprocess
@@ -48,10 +49,10 @@ def curl_line(host: str, port: int, model: Path) -> str:
         "messages": [{"role": "user", "content": "Hello!"}],
         "max_tokens": 16,
         "temperature": 0,
+        "chat_template_kwargs": {"thinking": False},  # else 16 tokens are all thought, and the text is empty
     }
-    return (
-        f"curl -s http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-    )
+    url = f"http://{host}:{port}/v1/chat/completions"
+    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], host: str, port: int) -> float:
