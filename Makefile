@@ -6,7 +6,7 @@ PORT ?= 8000
 # What the tests' engines and the interpreter of Triton kernels need; see patches/vllm_nvfp4/compat.py.
 TEST_ENV := TRITON_INTERPRET=1 TRITON_DEFAULT_BACKEND=cpu OMP_NUM_THREADS=1
 
-.PHONY: help env serve test test-fast test-modelopt lint lock clean
+.PHONY: help env serve test test-fast test-modelopt test-gpu lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -27,6 +27,9 @@ test-fast: env  ## tests/cpu without the ones that start an engine
 test-modelopt: env  ## against NVIDIA ModelOpt itself, in an environment of its own (.venv-modelopt)
 	@scripts/setup_env.sh .venv-modelopt modelopt
 	@$(TEST_ENV) NVFP4_MODELOPT_PYTHON=$(CURDIR)/.venv-modelopt/bin/python $(PY) -m pytest tests/modelopt
+
+test-gpu:  ## on a machine with an NVIDIA GPU, in its own environment with vLLM for CUDA and this package
+	@python3 -m pytest tests/gpu
 
 lint: env  ## ruff (format and rules) and mypy
 	@$(VENV)/bin/ruff format --check .

@@ -7,8 +7,8 @@ every tensor of the checkpoint is set by a name written out below, and one that 
 Only the arithmetic of the quantized matrices is emulated (4-bit weights and activations); everything else stays float32,
 where the engine has BF16 activations and an FP8 KV cache. Answers therefore agree closely, not exactly. Rounding errors
 are large where the model is undecided (4-bit activations turn them into other codes and other experts), so
-`Oracle.disturbed` shows what errors of that size do to the oracle itself, and `Oracle.attention` compares one layer at a
-time on the engine's own inputs, where no error has built up.
+`Oracle.disturbed` shows what errors of that size do to the oracle itself, and `Oracle.attention` computes one layer on the
+engine's own inputs, where no error has built up, and in the precision in which the engine keeps what it computes.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)])
 BLOCK = 16
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
+ROPE_DIM = 64
 
 # Tensors of the model and of its layers that are stored as they are: checkpoint -> transformers.
 MODEL_TENSORS = {
@@ -99,6 +100,23 @@ def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
     grid = torch.where(scaled < 2, 0.5, torch.where(scaled < 4, 1.0, 2.0))
     rounded = (torch.round(scaled / grid) * grid).clamp(max=E2M1_MAX)
     return (rounded.copysign(blocks) * step).flatten(-2)
+
+
+def stored(keys: torch.Tensor) -> torch.Tensor:
+    """What the KV cache gives back: blocks of 64 in E4M3 under a power of two, but the ROPE_DIM rotated values in BF16.
+
+    The scale is the smallest with which the block fits. May be used before the rotation too, which leaves the rest alone.
+    """
+    plain, rotated = keys[..., :-ROPE_DIM].unflatten(-1, (-1, 64)), keys[..., -ROPE_DIM:]
+    largest = plain.abs().amax(dim=-1, keepdim=True).clamp(min=1e-4)
+    scale = torch.exp2(torch.ceil(torch.log2(largest / E4M3_MAX)))
+    plain = (plain / scale).to(torch.float8_e4m3fn).float() * scale
+    return torch.cat((plain.flatten(-2), rotated.bfloat16().float()), dim=-1)
+
+
+def _round(module: nn.Module, args: object, out: object) -> object:
+    """A forward hook: to BF16 and back; None (no change) for what is no tensor, which is a rotary table."""
+    return out.bfloat16().float() if isinstance(out, torch.Tensor) else None
 
 
 def _bias(seen: torch.Tensor) -> torch.Tensor:
@@ -189,6 +207,9 @@ class Oracle:
     ) -> torch.Tensor:
         """What one layer's attention gives its last projection, for a whole sequence from position 0.
 
+        Projections and norms round to BF16, and keys (which are the values too) are stored in FP8, as the engine does;
+        the rest is float32.
+
         Args:
             layer: its index.
             hidden: (T, hidden_size), what the engine gave this layer's first projections.
@@ -207,13 +228,18 @@ class Oracle:
         def catch(module: nn.Module, args: object, out: torch.Tensor) -> None:
             caught.append(out[0].flatten(1))
 
-        def edit(module: nn.Module, args: object, out: tuple[torch.Tensor, torch.Tensor]) -> tuple:
-            assert blocks is not None
-            return out[0], _bias(blocks(out[1][0, 0] == 0))
+        def store(module: nn.Module, args: object, out: tuple) -> tuple:
+            keys, bias = out
+            return stored(keys), bias if blocks is None else _bias(blocks(bias[0, 0] == 0))
 
-        with torch.inference_mode(), attention.o_a_proj.register_forward_hook(catch), contextlib.ExitStack() as stack:
-            if blocks is not None:
-                stack.enter_context(attention.compressor.register_forward_hook(edit))
+        hooks: list[tuple[nn.Module, Callable]]
+        hooks = [(module, _round) for module in attention.modules() if next(module.children(), None) is None]
+        hooks += [(attention.kv_norm, lambda module, args, out: stored(out)), (attention.o_a_proj, catch)]
+        if attention.compressor is not None:
+            hooks.append((attention.compressor, store))
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            for module, hook in hooks:
+                stack.enter_context(module.register_forward_hook(hook))
             x, at = hidden[None].float(), positions[None]
             rope = {k: self.model.model.rotary_emb(x, position_ids=at, layer_type=k) for k in ("main", "compress")}
             attention(x, rope, at, _bias(seen))

@@ -2,21 +2,24 @@
 
 Lengths sit where the attention changes: 127, 128, 129 at the edge of the sliding window and at the first heavily
 compressed block, 512 and 1100 with several of these blocks, 2300 where the indexer has more blocks (575) than it may
-choose (512). A step takes at most CHUNK tokens, a number that divides nothing, so that prompts arrive in ragged pieces.
+choose (512). A prompt is one step: without AMX, vLLM does not split prompts on a CPU.
 
 Two comparisons, because one is not enough:
 
 *Answers.* The log-probabilities of the engine's tokens. They show that the model as a whole is right, and cannot show
 more: beyond the 40 tokens it was trained on, this model is either certain or, where it is not, so sensitive that errors
 the size of BF16 rounding move a log-probability by several nats in the oracle alone. The prompts are those where it is
-certain. It then hardly reads its compressed blocks, and not at all which of them the indexer chose.
+certain; there it hardly cares about far tokens. An engine made to choose the wrong blocks passes; one whose window is a
+token short fails at 127 only.
 
 *Attention, layer by layer.* The engine saves what went into each layer's first projection and into its last one; the
-oracle's attention gets the same input, so that no error has built up, and only the FP8 KV cache and BF16 lie between
-them. A mistake (one token more in the window, another choice of blocks) moves the oracle's result in some direction;
-the engine's difference from the oracle must not lean that way. That is far finer than the size of the difference.
+oracle's attention gets the same input, so that no error has built up, and rounds where the engine does. A mistake (one
+token more in the window, another choice of blocks) moves the oracle's result in some direction; the engine's difference
+from the oracle must not lean that way. That is far finer than the size of the difference: an engine made to take the
+oldest blocks leans to that mistake by 0.95, one whose window is a token short by 0.99 to 1.01.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -33,22 +36,24 @@ pytestmark = pytest.mark.engine
 
 # The rules the model was trained on: x -> (a * x + b) mod MODULUS; tokens FIRST + x, named by FIRST + MODULUS + rule.
 RULES, MODULUS, FIRST = ((2, 7), (3, 11), (5, 2), (7, 29)), 59, 6
-# length: (rule, first number). Chosen by the oracle alone: it is certain of 8 tokens, and stays so when disturbed by
-# twice the error of a BF16 rounding (below); no other start was tried with the engine.
-PROMPTS = {127: (1, 45), 128: (3, 17), 129: (0, 51), 512: (3, 14), 1100: (3, 4), 2300: (2, 40)}
+# length: (rule, first number). Chosen by what the oracle says: it is certain of 8 tokens, and stays so when disturbed by
+# twice the error of a BF16 rounding (below). For 21 prompts taken blindly the engine differed by up to 3.9
+# nats, and once, at a margin of 2.6, in the token; in the four worst, oracles disturbed with 6 seeds differ from the
+# oracle as widely, and some or all of them side with the engine.
+PROMPTS = {127: (1, 45), 128: (3, 23), 129: (1, 9), 512: (3, 14), 1100: (3, 4), 2300: (3, 38)}
 LONGEST = max(PROMPTS)
 NUM_NEW = 8
-CHUNK = 1001
 # A rounding to BF16 is off by up to 2^-9 of the value (2^-8 between neighbours).
 ROUNDING = 2.0**-9
-# What the oracle itself may lose when disturbed, and what the engine may differ from it, in nats.
-STABLE, LOGPROB_TOLERANCE, MEAN_TOLERANCE = 0.05, 0.05, 0.01
+# What the oracle itself may lose when disturbed (up to 0.015 with 6 or 12 seeds; 0.007 with the test's), and what the engine
+# may differ from it (0.004; 0.0012 in the mean), in nats.
+STABLE, LOGPROB_TOLERANCE, MEAN_TOLERANCE = 0.02, 0.02, 0.005
 
-# Relative difference of a layer's attention: E4M3 has 3 bits of mantissa, so the KV cache is off by up to 2^-4 and by
-# 2^-4 / sqrt(12) = 1.8 % in the mean square over a binade; attention averages over positions, where it sees many.
-# Measured (2300 tokens): mean 1.0 to 2.0 %, worst row 9 %.
-ATTENTION_MEAN, ATTENTION_WORST = 0.03, 0.2
-# 0 where a mistake was not made, 1 where it was. Measured: up to 0.05, and 0.14 for mistakes that touch 18 rows only.
+# Relative difference of a layer's attention. A BF16 rounding that comes out the other way changes a 4-bit code here and
+# there, by a whole step. Measured: 0.7 to 1.3 % in the mean of a prompt's rows, 7.3 % in the worst row.
+ATTENTION_MEAN, ATTENTION_WORST = 0.02, 0.15
+# 0 where a mistake was not made, 1 where it was; at 0.5 the engine would be as far from the one as from the other.
+# Measured: up to 0.05, and 0.12 for a mistake that touches one token in 128.
 LEANING = 0.3
 
 
@@ -59,6 +64,9 @@ def sequence(length: int, rule: int, start: int) -> list[int]:
     while len(numbers) < length - 1:
         numbers.append((mul * numbers[-1] + add) % MODULUS)
     return [FIRST + MODULUS + rule, *(FIRST + x for x in numbers)]
+
+
+Attention = Callable[[int, int], torch.Tensor]
 
 
 class Call(NamedTuple):
@@ -93,7 +101,7 @@ def run(affine: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         prompts,
         NUM_NEW,
         env={"NVFP4_DUMP_DIR": str(dump)},
-        llm={"max_num_batched_tokens": CHUNK, "max_num_seqs": 8},
+        llm={"max_num_batched_tokens": 4096},  # whole prompts also where vLLM could split them
     )
     sizes = [length + NUM_NEW - 1 for length in PROMPTS]
     num_layers = json.loads((affine / "config.json").read_text())["num_hidden_layers"]
@@ -107,6 +115,12 @@ def run(affine: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     indexer_rows = {name: len(rows(dump, name.removesuffix(".pt"))) for name in names}
     shutil.rmtree(dump)  # hundreds of megabytes
     return Run(dict(zip(PROMPTS, out["answers"], strict=True)), attention, indexer_rows)
+
+
+@pytest.fixture(scope="module")
+def attention(run: Run, oracle: Oracle) -> Attention:
+    """The oracle's attention of (length, layer), on what the engine gave that layer."""
+    return functools.cache(lambda length, layer: oracle.attention(layer, run.attention[length][layer].first))
 
 
 def rows(dump: Path, name: str) -> torch.Tensor:
@@ -173,19 +187,17 @@ def test_answers(run: Run, oracle: Oracle, length: int) -> None:
 
 
 def test_the_indexer_chooses_beyond_its_limit_only(run: Run, oracle: Oracle) -> None:
-    """Its queries are computed in steps that see more blocks than it may choose, and in no other."""
+    """Its queries are computed for the prompt that has more blocks than it may choose, in both layers that have one."""
     limit = oracle.config.index_topk * oracle.config.compress_rates["compressed_sparse_attention"]
-    expected = LONGEST % CHUNK + NUM_NEW - 1
-    assert LONGEST - LONGEST % CHUNK < limit < LONGEST
-    assert sorted(run.indexer_rows.values()) == [expected, expected]
+    assert sum(length > limit for length in PROMPTS) == 1
+    assert list(run.indexer_rows.values()) == [LONGEST + NUM_NEW - 1] * 2
 
 
 @pytest.mark.parametrize("layer", range(4), ids=["sliding", "csa", "hca", "csa2"])
 @pytest.mark.parametrize("length", PROMPTS)
-def test_attention_on_the_engines_inputs(run: Run, oracle: Oracle, length: int, layer: int) -> None:
-    call = run.attention[length][layer]
-    expected = oracle.attention(layer, call.first)
-    error = (call.last - expected).norm(dim=1) / expected.norm(dim=1)
+def test_attention_on_the_engines_inputs(run: Run, attention: Attention, length: int, layer: int) -> None:
+    expected = attention(length, layer)
+    error = (run.attention[length][layer].last - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.mean() < ATTENTION_MEAN
     assert error.max() < ATTENTION_WORST
 
@@ -204,38 +216,56 @@ def keep(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(seen).scatter(1, best, value=True) & complete
 
 
-MISTAKES: dict[str, tuple[int, int, dict]] = {
-    "sliding: window too short": (0, 512, {"window": 127}),
-    "sliding: window too long": (0, 512, {"window": 129}),
-    "csa: window too short": (1, 512, {"window": 127}),
-    "csa: window too long": (1, 512, {"window": 129}),
-    "hca: window too short": (2, 512, {"window": 127}),
-    "hca: window too long": (2, 512, {"window": 129}),
-    "csa: blocks a token late": (1, 512, {"blocks": lambda seen: causal(seen, 4, -1)}),
-    "csa: blocks a token early": (1, 512, {"blocks": lambda seen: causal(seen, 4, 1)}),
-    "hca: blocks a token late": (2, LONGEST, {"blocks": lambda seen: causal(seen, 128, -1)}),
-    "hca: blocks a token early": (2, LONGEST, {"blocks": lambda seen: causal(seen, 128, 1)}),
-    "hca: the last block missing": (2, LONGEST, {"blocks": lambda seen: causal(seen, 128, -128)}),
-    "indexer: all": (1, LONGEST, {"blocks": lambda seen: causal(seen, 4)}),
-    "indexer: all, second layer": (3, LONGEST, {"blocks": lambda seen: causal(seen, 4)}),
-    "indexer: the newest": (1, LONGEST, {"blocks": lambda seen: keep(torch.arange(seen.shape[1]).float(), seen)}),
-    "indexer: the oldest": (1, LONGEST, {"blocks": lambda seen: keep(-torch.arange(seen.shape[1]).float(), seen)}),
-    "indexer: any": (
-        3,
-        LONGEST,
-        {"blocks": lambda seen: keep(torch.rand(seen.shape, generator=torch.Generator().manual_seed(0)), seen)},
-    ),
+class Mistake(NamedTuple):
+    """A layer, the prompts that show the mistake well, and how Oracle.attention makes it."""
+
+    layer: int
+    lengths: tuple[int, ...]
+    options: dict
+
+
+def choice(layer: int, blocks: Callable[[torch.Tensor], torch.Tensor]) -> Mistake:
+    return Mistake(layer, (LONGEST,), {"blocks": blocks})
+
+
+def index(seen: torch.Tensor) -> torch.Tensor:
+    return torch.arange(seen.shape[1]).float()
+
+
+def luck(seen: torch.Tensor) -> torch.Tensor:
+    return torch.rand(seen.shape, generator=torch.Generator().manual_seed(0))
+
+
+EVERY = tuple(PROMPTS)
+MISTAKES = {
+    "sliding: window too short": Mistake(0, (512,), {"window": 127}),
+    "sliding: window too long": Mistake(0, (512,), {"window": 129}),
+    "csa: window too short": Mistake(1, (512,), {"window": 127}),
+    "csa: window too long": Mistake(1, (512,), {"window": 129}),
+    "hca: window too short": Mistake(2, (512,), {"window": 127}),
+    "hca: window too long": Mistake(2, (512,), {"window": 129}),
+    "csa: blocks a token late": Mistake(1, (512,), {"blocks": lambda seen: causal(seen, 4, -1)}),
+    "csa: blocks a token early": Mistake(1, (512,), {"blocks": lambda seen: causal(seen, 4, 1)}),
+    # These touch one token in 128.
+    "hca: blocks a token late": Mistake(2, EVERY, {"blocks": lambda seen: causal(seen, 128, -1)}),
+    "hca: blocks a token early": Mistake(2, EVERY, {"blocks": lambda seen: causal(seen, 128, 1)}),
+    "hca: last block missing": Mistake(2, EVERY, {"blocks": lambda seen: causal(seen, 128, -128)}),
+    "indexer: all": choice(1, lambda seen: causal(seen, 4)),
+    "indexer: all, in the second layer": choice(3, lambda seen: causal(seen, 4)),
+    "indexer: the oldest": choice(1, lambda seen: keep(-index(seen), seen)),
+    "indexer: the newest": choice(3, lambda seen: keep(index(seen), seen)),
+    "indexer: any": choice(3, lambda seen: keep(luck(seen), seen)),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_attention_leans_to_no_mistake(run: Run, oracle: Oracle, mistake: str) -> None:
-    layer, length, change = MISTAKES[mistake]
-    call = run.attention[length][layer]
-    right = oracle.attention(layer, call.first)
-    direction = oracle.attention(layer, call.first, **change) - right
-    touched = direction.norm(dim=1) > 1e-4 * right.norm(dim=1)
-    assert touched.sum() > 10
-    direction, error = direction[touched], (call.last - right)[touched]
-    leaning = (error * direction).sum() / direction.square().sum()
-    assert leaning.abs() < LEANING, f"{leaning:.3f}: 0 is the oracle's result, 1 is the mistake's"
+def test_attention_leans_to_no_mistake(run: Run, oracle: Oracle, attention: Attention, mistake: str) -> None:
+    layer, lengths, options = MISTAKES[mistake]
+    along = square = 0.0
+    for length in lengths:
+        call, right = run.attention[length][layer], attention(length, layer)
+        direction = oracle.attention(layer, call.first, **options) - right
+        along += ((call.last - right) * direction).sum().item()
+        square += direction.square().sum().item()
+    assert square > 0
+    assert abs(along / square) < LEANING, f"{along / square:.3f}: 0 is the oracle's result, 1 is the mistake's"
