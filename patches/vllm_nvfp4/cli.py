@@ -1,9 +1,11 @@
 """`nvfp4`: the one command a user needs to remember.
 
     nvfp4 serve MODEL [any `vllm serve` flag]
+    nvfp4 doctor CHECKPOINT [flags; --help lists them]
 
-starts vLLM's OpenAI server with what DeepSeek-V4 needs: on a machine without a GPU the environment of Triton's
+`serve` starts vLLM's OpenAI server with what DeepSeek-V4 needs: on a machine without a GPU the environment of Triton's
 interpreter, and DeepSeek-V4's tokenizer mode, reasoning parser and tool parser unless the flags say otherwise.
+`doctor` tells whether a checkpoint will serve, on what, and what is wrong with it, from its headers and scales.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ SERVE_DEFAULTS = {
 }
 # One thread: on two cores vLLM's OpenMP threads spin against each other (4.0 s against 1.1 s for a short prompt).
 CPU_DEFAULTS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-USAGE = "usage: nvfp4 serve MODEL [any `vllm serve` flag]"
+USAGE = "usage: nvfp4 serve MODEL [any `vllm serve` flag], or nvfp4 doctor CHECKPOINT [flags]"
 
 
 def serve_command(arguments: list[str]) -> list[str]:
@@ -65,8 +67,14 @@ def main() -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
+    if arguments[:1] == ["doctor"]:
+        # Imported here: the doctor needs neither vLLM nor this module's checks.
+        from vllm_nvfp4.doctor.cli import main as doctor
+
+        sys.exit(doctor(arguments[1:]))
     if len(arguments) < 2 or arguments[0] != "serve":
-        sys.exit(f"nvfp4: expected `serve MODEL`, found {' '.join(arguments) or 'nothing'}\n{USAGE}")
+        found = " ".join(arguments) or "nothing"
+        sys.exit(f"nvfp4: expected `serve MODEL` or `doctor CHECKPOINT`, found {found}\n{USAGE}")
     try:
         compat.check_vllm_version()
     except RuntimeError as error:

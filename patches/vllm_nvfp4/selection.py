@@ -57,7 +57,9 @@ def summary() -> dict[tuple[str, str, bool], int]:
 def log_summary() -> None:
     """Every module and what serves it, one line a (kind, server), once a model is complete."""
     for (kind, served_by, fallback), count in sorted(summary().items()):
-        modules = [c.module for c in _choices.values() if (c.kind, c.served_by, c.fallback) == (kind, served_by, fallback)]
+        modules = [
+            c.module for c in _choices.values() if (c.kind, c.served_by, c.fallback) == (kind, served_by, fallback)
+        ]
         note = " (stock fallback)" if fallback else ""
         logger.info("NVFP4 selection: %d %s by %s%s: %s", count, kind, served_by, note, ", ".join(by_pattern(modules)))
 

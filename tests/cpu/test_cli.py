@@ -156,7 +156,9 @@ def test_usage_errors(started: list[Any], monkeypatch: pytest.MonkeyPatch, argum
     monkeypatch.setattr(sys, "argv", ["nvfp4", *arguments])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
-    assert exit_.value.code == f"nvfp4: expected `serve MODEL`, {found}\n{cli.USAGE}"  # a text: printed, status 1
+    assert (
+        exit_.value.code == f"nvfp4: expected `serve MODEL` or `doctor CHECKPOINT`, {found}\n{cli.USAGE}"
+    )  # a text: printed, status 1
     assert started == []
 
 
