@@ -2,9 +2,18 @@
 
 The hard part is that "the same value" is not enough: codes and block scales are compared bit for bit with other
 implementations, so every division, rounding and tie below is an fp32 operation in a fixed order. Weights and
-activations differ on purpose in one point. A weight's block scale never underflows (it is raised to the smallest e4m3,
-and is 1 for a block of zeros), as ModelOpt writes checkpoints; an activation's block scale may underflow to 0, as GPU
-quantizers have it, and then the block's codes are all 0.
+activations differ on purpose in one point, blocks without a scale (docs/decisions/0005-weight-blocks-without-scale.md):
+
+| input                                           | quantize_weight             | quantize_activation              |
+|-------------------------------------------------|-----------------------------|----------------------------------|
+| block of zeros                                  | scale 1, codes 0            | scale 0, codes 0                 |
+| block, 0 < amax / (6 * tensor scale) <= 2^-10   | scale 2^-9, codes with it   | scale 0, codes 0                 |
+| tensor of zeros, or amax below 2688 * 2^-117    | tensor scale 1 / 2688       | given scale, blocks as above     |
+| block with a NaN                                | ValueError                  | scale NaN, codes 0: 16 NaN       |
+| infinity, or amax / (6 * tensor scale) > 448    | ValueError; saturates       | saturates: scale 448, code +-6   |
+
+A weight is what ModelOpt writes into checkpoints; an activation is what GPU quantizers make of one. Who wants the
+activation's rule for a weight calls `quantize_activation(w, weight_scale_2)`: all other blocks come out the same.
 
 Sign of zero: a negative value that rounds to zero keeps its sign bit (code 8), -0.0 itself becomes code 0. Both decode
 to a zero; the rule is ModelOpt's for weights and is used for activations too.
@@ -13,6 +22,7 @@ Divisors are tensors on the operand's device, never Python numbers: torch on CUD
 multiplication by its reciprocal, which differs in the last bit.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -26,36 +36,37 @@ TENSOR_SCALE_MIN = 2.0**-117
 # Tensor scale of a tensor without any magnitude: positive, as loaders demand, and that of a tensor with amax 1.
 ZERO_TENSOR_SCALE = 1.0 / NVFP4.tensor_scale_divisor
 
+# Blocks quantized or decoded at a time on a CPU: temporaries stay in cache and are not fresh pages from the kernel each
+# time (3 to 5 times faster than whole tensors; 7168 x 3072, one core, scripts/bench/quantize.py).
+TILE_BLOCKS = 1 << 14
+
 _SIGN = len(NVFP4.code_values)
 _SIGNED_VALUES = NVFP4.code_values + tuple(-v for v in NVFP4.code_values)
 
 
-def _rounding_bounds() -> torch.Tensor:
-    """Returns (7,) fp32 bounds b such that the code of a magnitude is the number of b below it.
+def _encode_table() -> torch.Tensor:
+    """Returns (65536,) uint8: the packed codes of two values, given as int8 eighths side by side in 16 bits.
 
-    The bounds are the midpoints of neighbours. A tie goes to the even code: at the bounds between an odd code and the
-    even one above it the midpoint itself must count as above, so the bound there is the fp32 just below it.
+    A tie goes to the even code: the upper one wins it where its index is even.
     """
-    values = torch.tensor(NVFP4.code_values, dtype=torch.float32, device="cpu")
-    middle = (values[1:] + values[:-1]) / 2
-    upper_is_even = torch.arange(1, len(NVFP4.code_values), device="cpu") % 2 == 0
-    return torch.where(upper_is_even, torch.nextafter(middle, torch.zeros_like(middle)), middle)
+    magnitudes = torch.tensor(NVFP4.code_values, dtype=torch.float32, device="cpu")
+    middle = (magnitudes[1:] + magnitudes[:-1]) / 2
+    upper_is_even = torch.arange(1, len(magnitudes), device="cpu") % 2 == 0
+    eighths = torch.arange(256, device="cpu").to(torch.uint8).view(torch.int8).float()
+    x = eighths.abs().unsqueeze(1) / 8
+    codes = ((x > middle) | ((x == middle) & upper_is_even)).sum(1) + _SIGN * (eighths < 0)
+    return (codes.repeat(256) | codes.repeat_interleave(256) << 4).to(torch.uint8)
 
 
-def _byte_tables() -> dict[torch.dtype, torch.Tensor]:
-    """Returns, by value type, (256,) integers whose bits are the two values of a byte: one look-up decodes both."""
+def _decode_table() -> torch.Tensor:
+    """Returns (256,) int64 whose bits are the two fp32 values of a byte: one look-up decodes both."""
     byte = torch.arange(256, device="cpu")
     values = torch.tensor(_SIGNED_VALUES, dtype=torch.float32, device="cpu")
-    pairs = values[torch.stack((byte & 0xF, byte >> 4), dim=1)]
-    return {
-        torch.bfloat16: pairs.to(torch.bfloat16).view(torch.int32).reshape(256),
-        torch.float32: pairs.view(torch.int64).reshape(256),
-    }
+    return values[torch.stack((byte & 0xF, byte >> 4), dim=1)].view(torch.int64).reshape(256)
 
 
-_BOUNDS = _rounding_bounds()
-_VALUES_BF16 = torch.tensor(_SIGNED_VALUES, dtype=torch.bfloat16, device="cpu")
-_BYTE_TABLES = _byte_tables()
+# By the type of an entry.
+_TABLES = {torch.uint8: _encode_table(), torch.int64: _decode_table()}
 
 
 class PackedTensor(NamedTuple):
@@ -87,7 +98,7 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"pack_codes: codes have shape {tuple(codes.shape)}, expected an even last size; pad K")
     if (codes > 15).any():
         raise ValueError(f"pack_codes: the largest code is {int(codes.max())}, expected 0..15; quantize first")
-    return _pack(codes)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
@@ -124,23 +135,24 @@ def quantize_weight(w: torch.Tensor, weight_scale_2: torch.Tensor | float | None
         ValueError: K is not a multiple of 16, w is empty, w holds NaN or infinity, or weight_scale_2 is not one finite
             number of at least 2^-117.
 
-    Numerics: all in fp32; equal to ModelOpt 0.47 bit for bit. A block of zeros has scale 1. Where ModelOpt gives NaN,
-    for a tensor of zeros (or below 2^-117 * 2688), the tensor scale is 1/2688, so that the tensor loads and decodes to
-    zeros. Reads back to the host; a load-time function, not graph-safe.
+    Numerics: all in fp32, wider input rounded to it first; for other input equal to ModelOpt 0.47 bit for bit. A block
+    of zeros has scale 1 and codes 0; a scale that would underflow is 2^-9, and the codes are those with it, not 0. Where
+    ModelOpt gives NaN, for a tensor of zeros (or below 2^-117 * 2688), the tensor scale is 1/2688, so that the tensor
+    loads and decodes to zeros. Reads back to the host; a load-time function, not graph-safe.
     """
     blocks = _blocks("quantize_weight", w)
     if blocks.numel() == 0:
         raise ValueError(
             f"quantize_weight: w is empty, shape {tuple(w.shape)}; a weight has at least one row and block"
         )
-    amax = blocks.abs().amax(-1)
+    amax = _block_amax(blocks)
     if not torch.isfinite(amax).all():
         raise ValueError("quantize_weight: w holds NaN or infinity, expected finite values; look at the checkpoint")
     tensor_scale = _weight_tensor_scale(amax, weight_scale_2)
     scale = amax / (NVFP4.code_max * tensor_scale)
     scale = torch.where(scale == 0, 1.0, scale).clamp(SCALE_MIN, NVFP4.scale_max).to(NVFP4.scale_dtype)
-    codes = _encode(blocks / (scale.float() * tensor_scale).unsqueeze(-1))
-    return PackedTensor(_pack(codes.flatten(-2)), scale, tensor_scale)
+    packed = _encode(blocks, scale.float() * tensor_scale)
+    return PackedTensor(packed.view(*w.shape[:-1], -1), scale.view(*w.shape[:-1], -1), tensor_scale)
 
 
 def quantize_activation(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,14 +167,19 @@ def quantize_activation(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[tor
 
     Raises:
         TypeError: x is not floating, or input_scale is not an fp32 tensor.
-        ValueError: K is not a multiple of 16, or input_scale has more than one element.
+        ValueError: K is not a multiple of 16, or input_scale has more than one element or is on another device.
 
-    Numerics: all in fp32. A block whose scale underflows to 0 has codes 0. A NaN in x makes its block's scale NaN (and
-    its codes 0), so the 16 values decode to NaN: loud in the output row. Infinity saturates: scale 448, code 6.
-    Nothing is read back to the host; graph-safe apart from its allocations.
+    Numerics: all in fp32. A block whose scale is 0 or underflows to it has codes 0. A NaN in x makes its block's scale
+    NaN (and its codes 0), so the 16 values decode to NaN: loud in the output row. Infinity saturates: scale 448, code 6
+    with its sign. Nothing is read back to the host; graph-safe apart from its allocations, after one call on a device.
     """
-    codes, block_sf = _quantize_blocks("quantize_activation", x, input_scale)
-    return _pack(codes.flatten(-2)), block_sf
+    blocks = _blocks("quantize_activation", x)
+    scale = _tensor_scale("quantize_activation", "input_scale", input_scale, x.device)
+    amax = _block_amax(blocks)
+    block_sf = (amax / (NVFP4.code_max * scale)).clamp(max=NVFP4.scale_max).to(NVFP4.scale_dtype)
+    packed = _encode(blocks, block_sf.float() * scale)
+    *rows, k = x.shape
+    return packed.view(*rows, k // NVFP4.codes_per_byte), block_sf.view(*rows, k // NVFP4.block_size)
 
 
 def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor, weight_scale_2: torch.Tensor) -> torch.Tensor:
@@ -178,14 +195,13 @@ def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor, weight_scale_2:
 
     Raises:
         TypeError: a type is not as above.
-        ValueError: shapes do not belong together, or weight_scale_2 has more than one element.
+        ValueError: shapes do not belong together, or weight_scale_2 has more than one element or is on another device.
 
     Numerics: the two scales are multiplied first, in fp32, then the code: ModelOpt's order. Graph-safe.
     """
     _check_packed("dequantize", weight, weight_scale)
-    tensor_scale = _tensor_scale("dequantize", "weight_scale_2", weight_scale_2)
-    values = _byte_values(weight, weight_scale, torch.float32)
-    return values.mul_((weight_scale.float() * tensor_scale).unsqueeze(-1)).flatten(-2)
+    tensor_scale = _tensor_scale("dequantize", "weight_scale_2", weight_scale_2, weight.device)
+    return _decode(weight, weight_scale.float() * tensor_scale)
 
 
 def unscaled(weight: torch.Tensor, block_sf: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -206,13 +222,14 @@ def unscaled(weight: torch.Tensor, block_sf: torch.Tensor, dtype: torch.dtype = 
     Numerics: exact: a code has 2 significant bits, a block scale 4, and BF16 holds 8. Graph-safe.
     """
     _check_packed("unscaled", weight, block_sf)
-    if dtype not in _BYTE_TABLES:
+    if dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(f"unscaled: dtype is {dtype}, expected torch.bfloat16 or torch.float32")
-    return _byte_values(weight, block_sf, dtype).mul_(block_sf.to(dtype).unsqueeze(-1)).flatten(-2)
+    # Converted at the end: a product of BF16 numbers is 20 times slower than one of fp32 on a CPU.
+    return _decode(weight, block_sf.float()).to(dtype)
 
 
 def unscaled_activation(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
-    """unscaled(*quantize_activation(x, input_scale)), bit for bit, without packing.
+    """unscaled(*quantize_activation(x, input_scale)): an activation as an operand of the reference GEMM.
 
     Args:
         x: (M, K) any floating type - as quantize_activation takes it.
@@ -226,41 +243,64 @@ def unscaled_activation(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Ten
 
     Numerics: as quantize_activation; the result is exact. Graph-safe apart from its allocations.
     """
-    codes, block_sf = _quantize_blocks("unscaled_activation", x, input_scale)
-    return _VALUES_BF16.to(x.device)[codes].mul_(block_sf.to(torch.bfloat16).unsqueeze(-1)).flatten(-2)
+    return unscaled(*quantize_activation(x, input_scale))
 
 
-def _quantize_blocks(function: str, x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns codes (..., K/16, 16) int32 and block scales (..., K/16) e4m3 of an activation."""
-    blocks = _blocks(function, x)
-    scale = _tensor_scale(function, "input_scale", input_scale)
-    amax = blocks.abs().amax(-1)
-    block_sf = (amax / (NVFP4.code_max * scale)).clamp(max=NVFP4.scale_max).to(NVFP4.scale_dtype)
-    divisor = (block_sf.float() * scale).unsqueeze(-1)
-    # NaN > 0 is false too: codes of a NaN block are 0, and its NaN scale alone carries the NaN on.
-    return _encode(torch.where(divisor > 0, blocks / divisor, 0.0)), block_sf
+def _block_amax(blocks: torch.Tensor) -> torch.Tensor:
+    """Returns (num_blocks,) fp32 largest magnitudes; NaN where a block holds one."""
+    # Without signs fp32 numbers order as their bits do, NaN above infinity; a maximum of integers is 4 times faster.
+    parts = [(tile.float().view(torch.int32) & 0x7FFFFFFF).amax(-1) for tile in _tiles(blocks)]
+    return torch.cat(parts).view(torch.float32)
 
 
-def _encode(q: torch.Tensor) -> torch.Tensor:
-    """Returns the int32 codes of fp32 values: nearest magnitude, ties to the even code, saturating at 6."""
-    codes = torch.bucketize(q.abs(), _BOUNDS.to(q.device), out_int32=True)
-    return torch.where(q < 0, codes + _SIGN, codes)
+def _encode(blocks: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """Returns (num_blocks, 8) packed codes of blocks / divisor; a block whose divisor is not positive has codes 0.
+
+    Every tie is a multiple of 1/4. So floor(4q) + ceil(4q) decides the code: it is 8q where 4q is whole, and the odd
+    number between its neighbours where q is strictly between two multiples. It fits a byte; a table does two at once.
+    """
+    table = _table(torch.uint8, blocks.device)
+    packed = blocks.new_empty((len(blocks), NVFP4.block_size // NVFP4.codes_per_byte), dtype=torch.uint8)
+    divisor = torch.where(divisor > 0, divisor, float("inf")).unsqueeze(-1)
+    limit = 4 * NVFP4.code_max
+    for tile, tile_divisor, out in zip(_tiles(blocks), _tiles(divisor), _tiles(packed), strict=True):
+        # A block with a NaN was divided by infinity: what is NaN now gets code 0, and the block's scale carries the NaN.
+        quarters = (tile.float() / tile_divisor).nan_to_num_(0.0).mul_(4).clamp_(-limit, limit)
+        eighths = quarters.floor().add_(quarters.ceil_()).to(torch.int8)
+        pairs = eighths.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+        torch.index_select(table, 0, pairs.view(-1), out=out.view(-1))
+    return packed
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    codes = codes.to(torch.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+def _decode(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Returns (..., K) fp32: code values times their block's factor (..., K/16)."""
+    table = _table(torch.int64, weight.device)
+    packed = weight.reshape(-1, NVFP4.block_size // NVFP4.codes_per_byte)
+    factor = factor.reshape(-1, 1)
+    values = factor.new_empty((len(packed), NVFP4.block_size))
+    for tile, tile_factor, out in zip(_tiles(packed), _tiles(factor), _tiles(values), strict=True):
+        torch.index_select(table, 0, tile.reshape(-1).to(torch.int32), out=out.view(table.dtype).view(-1))
+        out.mul_(tile_factor)
+    return values.view(*weight.shape[:-1], weight.shape[-1] * NVFP4.codes_per_byte)
 
 
-def _byte_values(weight: torch.Tensor, block_sf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a fresh (..., K/16, 16) tensor of code values."""
-    table = _BYTE_TABLES[dtype].to(weight.device)
-    pairs = torch.index_select(table, 0, weight.reshape(-1).to(torch.int32))
-    return pairs.view(dtype).view(*block_sf.shape, NVFP4.block_size)
+def _tiles(blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Splits along the blocks: cache-sized on a CPU, in one elsewhere."""
+    return blocks.split(TILE_BLOCKS if blocks.device.type == "cpu" else max(1, len(blocks)))
+
+
+def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _TABLES[dtype] if device.type == "cpu" else _table_on(dtype, device)
+
+
+@functools.cache
+def _table_on(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Kept: a copy from the host cannot be captured in a graph, so the first call must come before.
+    return _TABLES[dtype].to(device)
 
 
 def _blocks(function: str, x: torch.Tensor) -> torch.Tensor:
-    """Returns x as fp32 (..., K/16, 16)."""
+    """Returns x as (num_blocks, 16)."""
     if not x.is_floating_point():
         raise TypeError(f"{function}: input is {x.dtype}, expected a floating type; it may be quantized already")
     if x.ndim == 0 or x.shape[-1] % NVFP4.block_size:
@@ -268,7 +308,7 @@ def _blocks(function: str, x: torch.Tensor) -> torch.Tensor:
             f"{function}: input has shape {tuple(x.shape)}, expected a last size that is a multiple of "
             f"{NVFP4.block_size}; pad K or choose another split of it"
         )
-    return x.float().unflatten(-1, (x.shape[-1] // NVFP4.block_size, NVFP4.block_size))
+    return x.detach().reshape(-1, NVFP4.block_size)
 
 
 def _weight_tensor_scale(amax: torch.Tensor, given: torch.Tensor | float | None) -> torch.Tensor:
@@ -285,12 +325,17 @@ def _weight_tensor_scale(amax: torch.Tensor, given: torch.Tensor | float | None)
     return scale.reshape(())
 
 
-def _tensor_scale(function: str, label: str, scale: torch.Tensor) -> torch.Tensor:
+def _tensor_scale(function: str, label: str, scale: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns the scale as (), checked without reading it."""
     if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32:
         found = scale.dtype if isinstance(scale, torch.Tensor) else type(scale).__name__
         raise TypeError(f"{function}: {label} is {found}, expected a torch.float32 tensor")
     if scale.numel() != 1:
         raise ValueError(f"{function}: {label} has shape {tuple(scale.shape)}, expected (); pass one tensor at a time")
+    if scale.device != device:
+        raise ValueError(
+            f"{function}: {label} is on {scale.device}, expected {device}, where its operand is; move it once"
+        )
     return scale.reshape(())
 
 
