@@ -136,9 +136,9 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises: CheckpointError - none there, a shard that the index names is missing, or an unreadable index.
     """
-    weight_map = _weight_map(folder)
-    if weight_map is not None:
-        names = sorted(set(weight_map.values()))
+    indexed = weight_map(folder)
+    if indexed is not None:
+        names = sorted(set(indexed.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -154,7 +154,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def weight_map(folder: Path) -> dict[str, str] | None:
     """tensor -> file name, as the folder's index has it; None where there is no index.
 
     Raises: CheckpointError - an unreadable index.
@@ -186,7 +186,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             if name in tensors:
                 raise CheckpointError(f"{name} is in both {tensors[name].file} and {path}; remove one of the files")
             tensors[name] = tensor
-    absent = sorted(set(_weight_map(folder) or ()) - set(tensors))
+    absent = sorted(set(weight_map(folder) or ()) - set(tensors))
     if absent:
         raise CheckpointError(
             f"{folder / INDEX_NAME}: names {len(absent)} tensors that no shard has, first {absent[0]}; "

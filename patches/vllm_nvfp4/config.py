@@ -9,76 +9,9 @@ from typing import Any
 
 from vllm.transformers_utils.configs.deepseek_v4 import DeepseekV4Config as UpstreamConfig
 
-# transformers' layer types, and the key of `compress_rates` each takes its ratio from.
-LAYER_RATIO_KEY = {
-    "sliding_attention": None,
-    "compressed_sparse_attention": "compressed_sparse_attention",
-    "heavily_compressed_attention": "heavily_compressed_attention",
-}
-KNOWN_RATIOS = (0, 1, 4, 128)
+from vllm_nvfp4.config_fields import compress_ratios, normalised, num_hash_layers, rope_thetas
 
-
-def compress_ratios(layer_types: list[str], compress_rates: dict[str, int]) -> list[int]:
-    """ratio[i] = compress_rates[layer_types[i]], 0 for sliding attention.
-
-    Raises: ValueError - an unknown layer type, or a type without its rate.
-    """
-    ratios = []
-    for layer, kind in enumerate(layer_types):
-        if kind not in LAYER_RATIO_KEY:
-            raise ValueError(
-                f"config.json: layer_types[{layer}] is {kind!r}; expected one of {sorted(LAYER_RATIO_KEY)}. "
-                "Is this a DeepSeek-V4 configuration?"
-            )
-        key = LAYER_RATIO_KEY[kind]
-        if key is not None and key not in compress_rates:
-            raise ValueError(
-                f"config.json: layer_types[{layer}] is {kind!r}, but compress_rates has no {key!r} "
-                f"(found {sorted(compress_rates)}); export the configuration again"
-            )
-        ratios.append(0 if key is None else int(compress_rates[key]))
-    return ratios
-
-
-def num_hash_layers(mlp_layer_types: list[str]) -> int:
-    """The length of the leading run of `hash_moe`.
-
-    Raises: ValueError - a type other than hash_moe or moe, or a hash layer behind a routed one (vLLM can only tell hash
-    layers by a count from the front).
-    """
-    unknown = sorted(set(mlp_layer_types) - {"hash_moe", "moe"})
-    if unknown:
-        raise ValueError(f"config.json: mlp_layer_types holds {unknown}; expected only 'hash_moe' and 'moe'")
-    count = next((i for i, kind in enumerate(mlp_layer_types) if kind != "hash_moe"), len(mlp_layer_types))
-    if "hash_moe" in mlp_layer_types[count:]:
-        raise ValueError(
-            f"config.json: mlp_layer_types has 'hash_moe' at layer {mlp_layer_types.index('hash_moe', count)} behind a "
-            "'moe' layer; vLLM supports hash routing in the first layers only"
-        )
-    return count
-
-
-def rope_thetas(kwargs: dict[str, Any]) -> dict[str, float]:
-    """Top-level rope_theta and compress_rope_theta, filled from the nested `rope_parameters` where absent.
-
-    vLLM's rope builder overwrites the nested thetas with the top-level ones, so these must be there and agree.
-
-    Raises: ValueError - nested and top-level value differ.
-    """
-    nested = kwargs.get("rope_parameters") or {}
-    found: dict[str, float] = {}
-    for field, part in (("rope_theta", "main"), ("compress_rope_theta", "compress")):
-        inner = (nested.get(part) or {}).get("rope_theta") if isinstance(nested.get(part), dict) else None
-        outer = kwargs.get(field)
-        if inner is not None and outer is not None and float(inner) != float(outer):
-            raise ValueError(
-                f"config.json: {field} is {outer}, but rope_parameters[{part!r}]['rope_theta'] is {inner}; "
-                "they must be the same number"
-            )
-        value = outer if outer is not None else inner
-        if value is not None:
-            found[field] = float(value)
-    return found
+__all__ = ["DeepseekV4Config", "compress_ratios", "num_hash_layers", "rope_thetas"]
 
 
 class DeepseekV4Config(UpstreamConfig):
@@ -87,54 +20,9 @@ class DeepseekV4Config(UpstreamConfig):
     model_type = "deepseek_v4"
 
     def __init__(self, **kwargs: Any) -> None:
-        # Consumed here: upstream's validator knows neither of these values.
-        mlp_layer_types = kwargs.pop("mlp_layer_types", None)
-        layer_types = kwargs.pop("layer_types", None)
-        num_layers = kwargs.get("num_hidden_layers")
-        _one_per_layer("layer_types", layer_types, num_layers)
-        _one_per_layer("mlp_layer_types", mlp_layer_types, num_layers)
-        _one_per_layer("compress_ratios", kwargs.get("compress_ratios"), num_layers)
-        kwargs.update(rope_thetas(kwargs))
-        if layer_types is not None:
-            derived = compress_ratios(layer_types, kwargs.get("compress_rates") or {})
-            _agree("compress_ratios", kwargs.get("compress_ratios"), derived, "layer_types and compress_rates")
-            kwargs["compress_ratios"] = derived
-        if mlp_layer_types is not None:
-            count = num_hash_layers(mlp_layer_types)
-            _agree("num_hash_layers", kwargs.get("num_hash_layers"), count, "mlp_layer_types")
-            kwargs["num_hash_layers"] = count
-        kwargs.setdefault("num_hash_layers", 0)
-        # Without it vLLM creates no routing bias, and loading one fails with a KeyError.
-        kwargs.setdefault("topk_method", "noaux_tc")
+        kwargs = normalised(kwargs)
         quantization = kwargs.get("quantization_config") or {}
         if str(quantization.get("quant_method", "")).startswith("modelopt"):
             # Keeps vLLM off its MXFP4 paths; checkpoints in DeepSeek's own FP8 format must keep saying "fp4".
             kwargs.setdefault("expert_dtype", "nvfp4")
         super().__init__(**kwargs)
-        self._check_ratios()
-
-    def _check_ratios(self) -> None:
-        """Refuse ratios that no attention kernel has; a default-constructed configuration (no ratios) passes."""
-        ratios = getattr(self, "compress_ratios", None)
-        if ratios is None:
-            return
-        bad = [(i, r) for i, r in enumerate(ratios) if r not in KNOWN_RATIOS]
-        if bad:
-            raise ValueError(
-                f"config.json: compress_ratios[{bad[0][0]}] is {bad[0][1]}; vLLM's attention knows {KNOWN_RATIOS}"
-            )
-
-
-def _one_per_layer(field: str, entries: list[Any] | None, num_hidden_layers: int | None) -> None:
-    """Raise ValueError where a list is too short for the layers; entries behind them belong to MTP layers."""
-    if entries is not None and num_hidden_layers is not None and len(entries) < num_hidden_layers:
-        raise ValueError(
-            f"config.json: {field} has {len(entries)} entries, but num_hidden_layers is {num_hidden_layers}; "
-            "compare it with the one of the model's publisher"
-        )
-
-
-def _agree(field: str, given: Any, derived: Any, source: str) -> None:
-    """Raise ValueError where a field that is given differs from what other fields imply."""
-    if given is not None and given != derived:
-        raise ValueError(f"config.json: {field} is {given}, but {source} give {derived}; they must agree")

@@ -1,11 +1,13 @@
 """Which format each module of a checkpoint has, decided from its tensors; and every reason why it cannot be served.
 
 `ignore` lists are not consulted: ModelOpt 0.47 leaves wo_a in high precision without listing it, and lists names that
-no tensor has. A module is NVFP4 if and only if it has a `weight_scale_2`.
+no tensor has. A module is NVFP4 if and only if it has a `weight_scale_2`. One survey finds every problem: a load refuses
+with the first, the doctor reports them all.
 """
 
 import enum
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,36 @@ NVFP4_LEAVES = {
 FP8_LEAVES = {"weight": (torch.float8_e4m3fn,), "weight_scale_inv": (torch.float8_e8m0fnu, torch.float32)}
 HIGH_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+class Kind(enum.StrEnum):
+    """What is wrong with a tensor, or with a set of them."""
+
+    MISSING = "missing"
+    UNEXPECTED = "unexpected"
+    DTYPE = "wrong dtype"
+    SHAPE = "wrong shape"
+    STRAY_SCALE = "scale of another format"
+    MIXED = "mixed formats"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason to refuse a checkpoint: the tensors or modules concerned, what was found, and the whole message."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    found: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """formats as in Inventory, of the modules that have one; num_mtp_layers; problems in the order of the checks."""
+
+    formats: dict[str, Format]
+    num_mtp_layers: int
+    problems: list[Problem]
 
 
 @dataclass(frozen=True)
@@ -92,46 +124,98 @@ def take_inventory(tensors: Mapping[str, Tensor], config: Any) -> Inventory:
         or mixed quantization inside a fused module; names.UnknownLayoutError, names.UnknownNameError.
     """
     layout, evidence = names.detect_layout(tensors)
-    by_canonical = canonical_names(tensors, config.num_hidden_layers)
-    num_mtp = _num_mtp_layers(by_canonical, config.num_hidden_layers)
+    found = survey(tensors, canonical_names(tensors, config.num_hidden_layers), config)
+    if found.problems:
+        raise CheckpointError(found.problems[0].message)
+    return Inventory(layout, evidence, found.formats, found.num_mtp_layers)
+
+
+def survey(tensors: Mapping[str, Tensor], by_canonical: Mapping[str, str], config: Any) -> Survey:
+    """Every module's format, and everything that is wrong; raises nothing for a bad checkpoint.
+
+    Args:
+        tensors: checkpoint name -> header entry. by_canonical: canonical name -> checkpoint name.
+        config: as for take_inventory.
+    Raises: ValueError - the configuration lacks a field.
+    """
+    num_mtp, problems = _num_mtp_layers(by_canonical, config.num_hidden_layers)
     wanted = architecture.expected(config, num_mtp)
-    plain, modules = _split(by_canonical, wanted)
-    _check_plain(tensors, plain, wanted)
-    formats: dict[str, Format] = {}
+    stray = {name for problem in problems for name in problem.names}
+    plain, modules, unexpected = _split({c: n for c, n in by_canonical.items() if n not in stray}, wanted)
+    problems += unexpected
+    problems += _plain_problems(tensors, plain, wanted)
+    of_linear: dict[str, Format] = {}
     for module, (n, k) in wanted.linears.items():
         leaves = {leaf: (name, tensors[name]) for leaf, name in modules.get(module, {}).items()}
-        found = _linear_format(module, leaves, n, k)
+        found, wrong = _linear_format(module, leaves, n, k)
+        problems += wrong
+        if found is not None:
+            of_linear[module] = found
+    formats, mixed = _of_whole_layers(of_linear)
+    return Survey(formats, num_mtp, problems + mixed + list(_fused_problems(formats)))
+
+
+def _of_whole_layers(of_linear: Mapping[str, Format]) -> tuple[dict[str, Format], list[Problem]]:
+    """Formats with all routed experts of a layer as one; the experts that differ from most of their layer."""
+    keys = {}
+    for module in of_linear:
         expert = names.parse_expert(f"{module}.weight")
-        key = f"{expert.layer}.ffn.experts" if expert else module
-        if formats.setdefault(key, found) != found:
-            raise CheckpointError(
-                f"mixed quantization inside one fused module: {module} is {found}, other experts of {key} are "
-                f"{formats[key]}; export all experts of a layer in the same format"
-            )
-    inventory = Inventory(layout, evidence, formats, num_mtp)
+        keys[module] = f"{expert.layer}.ffn.experts" if expert else module
+    votes: dict[str, Counter[Format]] = {}
+    for module, found in of_linear.items():
+        votes.setdefault(keys[module], Counter())[found] += 1
+    formats = {key: counter.most_common(1)[0][0] for key, counter in votes.items()}
+    problems = [
+        Problem(
+            Kind.MIXED, (module,), f"{found}; other experts of its layer {formats[keys[module]]}",
+            f"mixed quantization inside one fused module: {module} is {found}, other experts of {keys[module]} are "
+            f"{formats[keys[module]]}; export all experts of a layer in the same format",
+        )
+        for module, found in of_linear.items()
+        if found != formats[keys[module]]
+    ]  # fmt: skip
+    return formats, problems
+
+
+def _fused_problems(formats: Mapping[str, Format]) -> Iterator[Problem]:
+    """Modules that vLLM computes as one matrix, but that have different formats."""
+    inventory = Inventory(names.Layout.L2, "", dict(formats))
     for module in formats:
         fused = names.fused(f"{module}.weight")
-        if fused:
-            inventory.format_of(names.module_of(fused[0].removesuffix(".weight")))
-    return inventory
+        if fused is None or fused[1] != 0:  # each fused module once, at its first shard
+            continue
+        shards = names.module_of(fused[0].removesuffix(".weight"))
+        if any(shard not in formats for shard in shards):
+            continue  # its weight is missing, which has been said
+        try:
+            inventory.format_of(shards)
+        except CheckpointError as error:
+            listed = ", ".join(f"{shard} is {formats[shard]}" for shard in shards)
+            yield Problem(Kind.MIXED, shards, listed, str(error))
 
 
-def _num_mtp_layers(by_canonical: Mapping[str, str], num_hidden_layers: int) -> int:
+def _num_mtp_layers(by_canonical: Mapping[str, str], num_hidden_layers: int) -> tuple[int, list[Problem]]:
     """How many MTP layers there are, which must be the first ones: a stray number must not size the tables."""
-    found = {int(name.split(".")[1]): by_canonical[name] for name in by_canonical if name.startswith("mtp.")}
-    stray = sorted(set(found) - set(range(len(found))))
-    if stray:
-        raise CheckpointError(
-            f"{found[stray[0]]} belongs to MTP layer {stray[0]}, but the checkpoint has {len(found)} MTP layers; "
-            f"is num_hidden_layers ({num_hidden_layers}) right, and is every shard there?"
-        )
-    return len(found)
+    layers: dict[int, list[str]] = {}
+    for canonical, name in by_canonical.items():
+        if canonical.startswith("mtp."):
+            layers.setdefault(int(canonical.split(".")[1]), []).append(name)
+    stray = sorted(set(layers) - set(range(len(layers))))
+    if not stray:
+        return len(layers), []
+    message = (
+        f"{layers[stray[0]][0]} belongs to MTP layer {stray[0]}, but the checkpoint has {len(layers)} MTP layers; "
+        f"is num_hidden_layers ({num_hidden_layers}) right, and is every shard there?"
+    )
+    strays = tuple(name for layer in stray for name in layers[layer])
+    present = next(i for i in range(len(layers)) if i not in layers)
+    return present, [Problem(Kind.UNEXPECTED, strays, f"MTP layer {stray[0]}", message)]
 
 
 def _split(
     by_canonical: Mapping[str, str], wanted: architecture.Expected
-) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Tensors that stand alone, and linears' leaves by module; refuses what is neither."""
+) -> tuple[dict[str, str], dict[str, dict[str, str]], list[Problem]]:
+    """Tensors that stand alone, linears' leaves by module, and what is neither."""
     plain: dict[str, str] = {}
     modules: dict[str, dict[str, str]] = {}
     unexpected = []
@@ -143,85 +227,87 @@ def _split(
             modules.setdefault(module, {})[leaf] = name
         else:
             unexpected.append(name)
-    if unexpected:
-        raise CheckpointError(
-            f"{len(unexpected)} tensors do not belong to the model that config.json describes: {_listed(unexpected)}; "
-            "check num_hidden_layers, n_routed_experts and compress_ratios"
-        )
-    return plain, modules
+    if not unexpected:
+        return plain, modules, []
+    message = (
+        f"{len(unexpected)} tensors do not belong to the model that config.json describes: {_listed(unexpected)}; "
+        "check num_hidden_layers, n_routed_experts and compress_ratios"
+    )
+    return plain, modules, [Problem(Kind.UNEXPECTED, tuple(unexpected), "not in the model", message)]
 
 
-def _check_plain(tensors: Mapping[str, Tensor], plain: Mapping[str, str], wanted: architecture.Expected) -> None:
+def _plain_problems(
+    tensors: Mapping[str, Tensor], plain: Mapping[str, str], wanted: architecture.Expected
+) -> list[Problem]:
     """Presence, type and shape of everything that is no linear."""
+    problems = []
     missing = sorted(set(wanted.tensors) - set(plain) - wanted.optional)
     if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing: {_listed(missing)}; export or download them again")
+        message = f"{len(missing)} tensors are missing: {_listed(missing)}; export or download them again"
+        problems.append(Problem(Kind.MISSING, tuple(missing), "missing", message))
     for canonical, name in plain.items():
         # A loader would convert any type to the parameter's: FP8 without its scale would pass for numbers.
-        _check_dtype(name, tensors[name], INDEX_DTYPES if canonical.endswith(".tid2eid") else HIGH_DTYPES)
-        _check_shape(name, tensors[name], wanted.tensors[canonical])
+        dtypes = INDEX_DTYPES if canonical.endswith(".tid2eid") else HIGH_DTYPES
+        problems += _tensor_problems(name, tensors[name], dtypes, wanted.tensors[canonical])
+    return problems
 
 
-def _linear_format(module: str, leaves: Mapping[str, tuple[str, Tensor]], n: int, k: int) -> Format:
-    """The format of one linear, with every leaf's presence, dtype and shape checked."""
+def _linear_format(
+    module: str, leaves: Mapping[str, tuple[str, Tensor]], n: int, k: int
+) -> tuple[Format | None, list[Problem]]:
+    """The format of one linear (None without a weight), with every leaf's presence, dtype and shape checked."""
     if "weight" not in leaves:
-        raise CheckpointError(f"{module}.weight is missing; export or download the checkpoint again")
+        again = f"{module}.weight is missing; export or download the checkpoint again"
+        return None, [Problem(Kind.MISSING, (f"{module}.weight",), "missing", again)]
     name, weight = leaves["weight"]
+    shapes: dict[str, tuple[int, ...]]
+    allowed: dict[str, tuple[torch.dtype, ...]]
     if "weight_scale_2" in leaves or "weight_scale" in leaves or weight.dtype == torch.uint8:
-        shapes: dict[str, tuple[int, ...]] = {
-            "weight": (n, k // 2),
-            "weight_scale": (n, k // architecture.BLOCK_SIZE),
-            "weight_scale_2": (),
-            "input_scale": (),
-        }
-        for leaf, dtype in NVFP4_LEAVES.items():
-            if leaf not in leaves:
-                raise CheckpointError(
-                    f"{name.removesuffix('weight')}{leaf} is missing, but {name} is {weight.dtype} as NVFP4 packs it; "
-                    "a missing scale cannot be guessed: export the checkpoint again"
-                )
-            _check_dtype(*leaves[leaf], (dtype,))
-            _check_shape(*leaves[leaf], shapes[leaf])
-        _refuse_leaves(leaves, set(NVFP4_LEAVES), Format.NVFP4)
-        return Format.NVFP4
-    if "weight_scale_inv" in leaves or weight.dtype == torch.float8_e4m3fn:
-        shapes = {"weight": (n, k), "weight_scale_inv": (-(-n // 128), -(-k // 128))}
-        for leaf, dtypes in FP8_LEAVES.items():
-            if leaf not in leaves:
-                raise CheckpointError(f"{module}.{leaf} is missing, but {name} is FP8; export the checkpoint again")
-            _check_dtype(*leaves[leaf], dtypes)
-            _check_shape(*leaves[leaf], shapes[leaf])
-        _refuse_leaves(leaves, set(FP8_LEAVES), Format.FP8_BLOCK)
-        return Format.FP8_BLOCK
-    _check_dtype(name, weight, HIGH_DTYPES)
-    _check_shape(name, weight, (n, k))
-    _refuse_leaves(leaves, {"weight"}, Format.HIGH)
-    return Format.HIGH
-
-
-def _refuse_leaves(leaves: Mapping[str, tuple[str, Tensor]], known: set[str], found: Format) -> None:
-    """A scale that the weight's format does not have: two formats are mixed in one linear."""
-    for leaf in sorted(set(leaves) - known):
-        name, tensor = leaves[leaf]
-        raise CheckpointError(
-            f"{tensor.file}: {name} has no meaning for {leaves['weight'][0]}, which is {found}; "
-            "export the checkpoint again"
+        found = Format.NVFP4
+        allowed = {leaf: (dtype,) for leaf, dtype in NVFP4_LEAVES.items()}
+        shapes = {"weight": (n, k // 2), "weight_scale": (n, k // architecture.BLOCK_SIZE)}
+        shapes |= {"weight_scale_2": (), "input_scale": ()}
+        why = (
+            f"but {name} is {weight.dtype} as NVFP4 packs it; a missing scale cannot be guessed: export the checkpoint "
+            "again"
         )
+    elif "weight_scale_inv" in leaves or weight.dtype == torch.float8_e4m3fn:
+        found, allowed = Format.FP8_BLOCK, FP8_LEAVES
+        shapes = {"weight": (n, k), "weight_scale_inv": (-(-n // 128), -(-k // 128))}
+        why = f"but {name} is FP8; export the checkpoint again"
+    else:
+        found, allowed, shapes, why = Format.HIGH, {"weight": HIGH_DTYPES}, {"weight": (n, k)}, ""
+    problems: list[Problem] = []
+    # The checkpoint's own spelling of the leaf that is not there, from that of the weight.
+    stem = name.removesuffix("weight") if found is Format.NVFP4 else f"{module}."
+    for leaf, dtypes in allowed.items():
+        if leaf in leaves:
+            problems += _tensor_problems(*leaves[leaf], dtypes, shapes[leaf])
+        else:
+            absent = f"{stem}{leaf}"
+            problems.append(Problem(Kind.MISSING, (absent,), "missing", f"{absent} is missing, {why}"))
+    for leaf in sorted(set(leaves) - set(allowed)):
+        stray, tensor = leaves[leaf]
+        message = f"{tensor.file}: {stray} has no meaning for {name}, which is {found}; export the checkpoint again"
+        problems.append(Problem(Kind.STRAY_SCALE, (stray,), f"beside {found}", message))
+    return found, problems
 
 
-def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _tensor_problems(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> Iterator[Problem]:
+    """Wrong type, wrong shape."""
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(d) for d in dtypes)
-        raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}, expected {expected}; export it again")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        message = f"{tensor.file}: {name} is {tensor.dtype}, expected {expected}; export it again"
+        yield Problem(Kind.DTYPE, (name,), f"{tensor.dtype}, expected {expected}", message)
     # A scalar may be stored as () or (1,): exporters differ, the meaning does not.
     if tensor.shape != shape and not (shape == () and tensor.shape == (1,)):
-        raise CheckpointError(
+        message = (
             f"{tensor.file}: {name} has shape {tensor.shape}, expected {shape} from config.json; "
             "the file and the configuration are not of one model"
         )
+        yield Problem(Kind.SHAPE, (name,), f"{tensor.shape}, expected {shape}", message)
 
 
 def _listed(items: list[str]) -> str:
