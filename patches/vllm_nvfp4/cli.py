@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from vllm_nvfp4 import compat
 

@@ -112,6 +112,16 @@ def test_no_colour_where_there_is_no_terminal(affine: Path) -> None:
     assert "\x1b[" in coloured.getvalue()
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_who_stops_early_does_not_change_the_verdict(affine: Path, flags: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vllm_nvfp4.doctor.cli", str(affine), *flags]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_many_findings_are_cut_on_a_terminal_only(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MAX_SHOWN", 1)
     result, out = examine(str(damaged), Options()), io.StringIO()

@@ -4,12 +4,16 @@ Exit codes: 0 will serve, 1 will not serve, 2 will serve with warnings, 64 the c
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vllm_nvfp4.doctor.gpus import GPUS
 from vllm_nvfp4.doctor.plan import PlanOptions
+
+if TYPE_CHECKING:
+    from vllm_nvfp4.doctor.examine import Report
 
 USAGE_ERROR = 64  # sysexits' EX_USAGE: argparse's own 2 would read as "will serve, with warnings"
 DEFAULTS = PlanOptions()
@@ -66,17 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan_only and args.deep:
         parser.error("--deep reads weights, --plan-only does not: choose one")
     # Imported once the flags are right: --help need not wait for torch.
-    from rich.console import Console
-
-    from vllm_nvfp4.doctor import report
     from vllm_nvfp4.doctor.examine import Options, examine
 
     options = Options(args.plan_only, args.deep, args.revision, PlanOptions(**given), asked=bool(given))
     found = examine(args.path, options)
-    if args.json:
-        print(report.to_json(found))
-    else:
-        report.render(found, Console(highlight=False))
+    _show(found, args.json)
     if args.plot:
         from vllm_nvfp4.doctor import plot
 
@@ -86,6 +84,26 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{parser.prog}: {args.plot} is not written: {error}", file=sys.stderr)
             return USAGE_ERROR
     return found.exit_code
+
+
+def _show(found: "Report", as_json: bool) -> None:
+    """Print the report. A reader who has seen enough (`| head`) changes nothing about the verdict."""
+    from rich.console import Console
+
+    from vllm_nvfp4.doctor import report
+
+    try:
+        if as_json:
+            print(report.to_json(found))
+        else:
+            # Captured first: rich would end the process with 1, "will not serve", where the pipe is closed.
+            console = Console(highlight=False)
+            with console.capture() as captured:
+                report.render(found, console)
+            sys.stdout.write(captured.get())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _facts(report: Report) -> list[str]:
         lines.append(
             f"architecture: {c.num_hidden_layers} layers, hidden {c.hidden_size}, {c.num_attention_heads} heads of "
             f"{c.head_dim}, {c.n_routed_experts} experts top-{c.num_experts_per_tok} of {c.moe_intermediate_size}, "
-            f"{report.num_parameters / 1e9:.3g} billion parameters"
+            f"{report.num_parameters / 1e9:,.{0 if report.num_parameters >= 1e10 else 3}f} billion parameters"
         )
     if report.kind != "config":
         lines.append(f"size: {amount(report.num_bytes)} in {report.num_tensors} tensors, {report.num_files} files")
