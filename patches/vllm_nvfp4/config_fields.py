@@ -16,6 +16,18 @@ LAYER_RATIO_KEY = {
 KNOWN_RATIOS = (0, 1, 4, 128)
 
 
+def declares_nvfp4(declared: Any) -> bool:
+    """True for a quantization_config of ModelOpt's NVFP4, or of DeepSeek's FP8 format with NVFP4 experts."""
+    if not isinstance(declared, dict):
+        return False
+    method = str(declared.get("quant_method", "")).lower()
+    if method.startswith("modelopt"):
+        nested = declared.get("quantization")
+        algo = declared.get("quant_algo") or (nested.get("quant_algo") if isinstance(nested, dict) else None)
+        return str(algo or "").upper() == "NVFP4"
+    return method in ("fp8", "deepseek_v4_fp8") and str(declared.get("moe_quant_algo") or "").upper() == "NVFP4"
+
+
 def compress_ratios(layer_types: list[str], compress_rates: dict[str, int]) -> list[int]:
     """ratio[i] = compress_rates[layer_types[i]], 0 for sliding attention.
 

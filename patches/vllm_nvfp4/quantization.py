@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_nvfp4 import checkpoint, env, names, selection
+from vllm_nvfp4.config_fields import declares_nvfp4
 from vllm_nvfp4.inventory import Format, Inventory, take_inventory
 
 METHOD_NAME = "nvfp4_deepseek_v4"
@@ -27,14 +28,7 @@ MODEL_TYPES = ("deepseek_v4", "deepseek_mtp")
 
 def is_ours(quant_config: dict[str, Any] | None, model_type: str | None) -> bool:
     """True for ModelOpt NVFP4 exports of DeepSeek-V4, and for DeepSeek's FP8 format with NVFP4 experts."""
-    if not isinstance(quant_config, dict) or model_type not in MODEL_TYPES:
-        return False
-    method = str(quant_config.get("quant_method", "")).lower()
-    if method.startswith("modelopt"):
-        nested = quant_config.get("quantization")
-        algo = quant_config.get("quant_algo") or (nested.get("quant_algo") if isinstance(nested, dict) else None)
-        return str(algo or "").upper() == "NVFP4"
-    return method in ("fp8", "deepseek_v4_fp8") and str(quant_config.get("moe_quant_algo") or "").upper() == "NVFP4"
+    return model_type in MODEL_TYPES and declares_nvfp4(quant_config)
 
 
 @register_quantization_config(METHOD_NAME)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_nvfp4 import names
-from vllm_nvfp4.config_fields import normalised
+from vllm_nvfp4.config_fields import declares_nvfp4, normalised
 from vllm_nvfp4.doctor.findings import Finding, grouped, make
 from vllm_nvfp4.doctor.source import Source
 from vllm_nvfp4.inventory import Format
@@ -98,18 +98,6 @@ def check_quantization(source: Source) -> list[Finding]:
         return []
     shown = {k: declared.get(k) for k in ("quant_method", "quant_algo")} if isinstance(declared, dict) else declared
     return [make("QUANTIZATION_NOT_DECLARED", where, f"{shown}, expected quant_method 'modelopt', quant_algo 'NVFP4'")]
-
-
-def declares_nvfp4(declared: Any) -> bool:
-    """The same answer as quantization.is_ours, without vLLM (tests/cpu/test_doctor.py holds them together)."""
-    if not isinstance(declared, dict):
-        return False
-    method = str(declared.get("quant_method", "")).lower()
-    if method.startswith("modelopt"):
-        nested = declared.get("quantization")
-        algo = declared.get("quant_algo") or (nested.get("quant_algo") if isinstance(nested, dict) else None)
-        return str(algo or "").upper() == "NVFP4"
-    return method in ("fp8", "deepseek_v4_fp8") and str(declared.get("moe_quant_algo") or "").upper() == "NVFP4"
 
 
 def check_ignore(source: Source, by_canonical: Mapping[str, str], formats: Mapping[str, Format]) -> list[Finding]:
