@@ -6,7 +6,7 @@ PORT ?= 8000
 # What the tests' engines and the interpreter of Triton kernels need; see patches/vllm_nvfp4/compat.py.
 TEST_ENV := TRITON_INTERPRET=1 TRITON_DEFAULT_BACKEND=cpu OMP_NUM_THREADS=1
 
-.PHONY: help env serve test test-fast test-modelopt test-gpu lint lock clean
+.PHONY: help env serve test test-fast test-sim test-sim-full test-modelopt test-gpu lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -17,12 +17,22 @@ env:  ## make or refresh .venv (Python 3.11 or 3.12, CPU torch, vLLM for CPUs, t
 serve: env  ## a server on :8000 with a small checkpoint made on the spot; prints a curl line that works
 	@$(PY) scripts/serve.py --port $(PORT)
 
-test: env  ## everything that needs no GPU: lint, types, tests
+test: env .conformance/.stamp  ## everything that needs no GPU: lint, types, tests
 	@$(MAKE) --no-print-directory lint
-	@$(TEST_ENV) $(PY) -m pytest tests/cpu -n 2 --dist loadfile
+	@$(TEST_ENV) $(PY) -m pytest tests/cpu tests/sim -n 2 --dist loadfile
 
 test-fast: env  ## tests/cpu without the ones that start an engine
 	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine"
+
+test-sim: env .conformance/.stamp  ## tests/sim: kernels compiled for GPUs, executed from their PTX on this CPU
+	@$(TEST_ENV) $(PY) -m pytest tests/sim -n 2 --dist loadfile
+
+test-sim-full: env .conformance/.stamp  ## tests/sim with the nightly sizes
+	@$(TEST_ENV) $(PY) -m pytest tests/sim -n 2 --dist loadfile --full
+
+.conformance/.stamp: requirements/conformance-py311.lock requirements/conformance-py312.lock
+	@scripts/setup_env.sh .conformance conformance
+	@touch $@
 
 test-modelopt: env  ## against NVIDIA ModelOpt itself, in an environment of its own (.venv-modelopt)
 	@scripts/setup_env.sh .venv-modelopt modelopt
@@ -40,4 +50,4 @@ lock:  ## resolve requirements/*.in again; needs uv
 	@scripts/lock.sh
 
 clean:  ## remove environments and everything made
-	rm -rf .venv .venv-modelopt .work .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-modelopt .conformance .work .pytest_cache .mypy_cache .ruff_cache .hypothesis

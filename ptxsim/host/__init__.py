@@ -1,0 +1,1 @@
+"""The host side: launches of compiled CuTe DSL functions, taken without a GPU."""

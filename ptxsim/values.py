@@ -1,0 +1,112 @@
+"""Register values of a warp: an `int` where all lanes agree, else an array of 32 lanes.
+
+Convention, relied on everywhere:
+
+* b8, b16, b32: `int` in [0, 2**width) or `ndarray (32,) uint32` with values below 2**width.
+* b64: `int` or `ndarray (32,) uint64`. b128: a tuple (low, high) of two b64 values.
+* predicate: always an `int`, one bit a lane (lane 0 is bit 0).
+* Never a NumPy scalar: `value.__class__ is int` tells uniform from divergent, and Python integers do not overflow.
+
+A uniform value costs a tenth of a vector operation, and most of what producer and MMA warps compute is uniform.
+"""
+
+from collections.abc import Iterator
+from typing import Union
+
+import numpy as np
+import numpy.typing as npt
+
+LANES = 32
+FULL = 0xFFFFFFFF
+M8, M16, M32, M64 = 0xFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+Value = Union[int, U32, U64]
+LANE_IDS = np.arange(LANES, dtype=np.uint32)
+LANE_BITS = np.uint32(1) << LANE_IDS
+
+
+def lanes32(value: Value) -> U32:
+    """The value as 32 lanes of uint32 (a fresh array for an int; else the array itself: do not write to it)."""
+    return np.full(LANES, value, np.uint32) if value.__class__ is int else value  # type: ignore[return-value]
+
+
+def lanes64(value: Value) -> U64:
+    """The value as 32 lanes of uint64; widens uint32 arrays."""
+    if value.__class__ is int:
+        return np.full(LANES, value, np.uint64)
+    return value.astype(np.uint64) if value.dtype != np.uint64 else value  # type: ignore[union-attr,return-value]
+
+
+def signed64(value: Value, width: int) -> npt.NDArray[np.int64]:
+    """The value's lanes, read as two's complement of `width` bits."""
+    wide = lanes64(value).astype(np.int64)
+    if width == 64:
+        return wide
+    shift = np.int64(64 - width)
+    return (wide << shift) >> shift
+
+
+def bools(mask: int) -> npt.NDArray[np.bool_]:
+    """A lane mask as 32 booleans."""
+    return (LANE_BITS & np.uint32(mask)) != 0
+
+
+def mask_of(flags: npt.NDArray[np.bool_]) -> int:
+    """32 booleans as a lane mask."""
+    return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
+
+
+def lanes_of(mask: int) -> Iterator[int]:
+    """The numbers of the lanes in a mask, ascending."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def first_lane(mask: int) -> int:
+    """The lowest lane of a non-empty mask."""
+    return (mask & -mask).bit_length() - 1
+
+
+def lane(value: Value, index: int) -> int:
+    """One lane of a value, as int."""
+    return value if value.__class__ is int else int(value[index])  # type: ignore[index,return-value]
+
+
+def uniform(value: Value, mask: int) -> int | None:
+    """The value that all lanes of `mask` share, or None if they differ."""
+    if value.__class__ is int:
+        return value  # type: ignore[return-value]
+    if mask == FULL:
+        first = value[0]  # type: ignore[index]
+        return int(first) if (value == first).all() else None  # type: ignore[union-attr]
+    picked = value[bools(mask)]  # type: ignore[index]
+    return int(picked[0]) if (picked == picked[0]).all() else None
+
+
+def compress(value: Value) -> Value:
+    """An int if all lanes agree, else the array: for results that are often uniform (shfl, shared loads)."""
+    if value.__class__ is int:
+        return value
+    first = value[0]  # type: ignore[index]
+    return int(first) if (value == first).all() else value  # type: ignore[union-attr]
+
+
+def merge(old: Value | tuple | None, new: Value | tuple, mask: int) -> Value | tuple:
+    """`new` in the lanes of `mask`, `old` elsewhere; a register never written before takes `new` in every lane."""
+    if old is None or mask == FULL:
+        return new
+    if new.__class__ is tuple:
+        return tuple(merge(o, n, mask) for o, n in zip(old, new, strict=True))  # type: ignore[arg-type]
+    if old.__class__ is int and new.__class__ is int:
+        if old == new:
+            return old
+        wide = old > M32 or new > M32  # type: ignore[operator]
+        dtype = np.uint64 if wide else np.uint32
+        return np.where(bools(mask), dtype(new), dtype(old))  # type: ignore[return-value]
+    dtype = old.dtype if old.__class__ is not int else new.dtype  # type: ignore[union-attr]
+    if old.__class__ is not int and new.__class__ is not int and old.dtype != new.dtype:  # type: ignore[union-attr]
+        dtype = np.uint64
+    return np.where(bools(mask), np.asarray(new, dtype), np.asarray(old, dtype))  # type: ignore[return-value]
