@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Buffer", "Finding", "FindingsError", "Launch", "Report", "Unsupported", "load", "run", "simulate", "traced"]
 
-_LAZY = {"Buffer": "ptxsim.memory", "load": "ptxsim.api", "run": "ptxsim.api", "simulate": "ptxsim.api", "traced": "ptxsim.api"}
+_LAZY = {
+    "Buffer": "ptxsim.memory",
+    "load": "ptxsim.api",
+    "run": "ptxsim.api",
+    "simulate": "ptxsim.api",
+    "traced": "ptxsim.api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("file", type=Path)
     two = commands.add_parser("trace", help="run a script; print the timeline of each ptxsim.run or simulate in it")
     two.add_argument("--json", type=Path, help="also write it for Perfetto or chrome://tracing")
-    two.add_argument("--launch", type=int, default=0, help="which of the script's launches to show (default: the first)")
+    two.add_argument(
+        "--launch", type=int, default=0, help="which of the script's launches to show (default: the first)"
+    )
     two.add_argument("--width", type=int, default=100, help="columns of the text timeline")
     two.add_argument("script", type=Path)
     two.add_argument("args", nargs=argparse.REMAINDER)
@@ -38,7 +40,9 @@ def _inventory(options: argparse.Namespace) -> int:
 
 def _trace(options: argparse.Namespace) -> int:
     if not options.script.is_file():
-        print(f"ptxsim: {options.script} is not a file; expected a Python script that calls ptxsim.run", file=sys.stderr)
+        print(
+            f"ptxsim: {options.script} is not a file; expected a Python script that calls ptxsim.run", file=sys.stderr
+        )
         return 2
     sys.argv = [str(options.script), *options.args]
     sys.path.insert(0, str(options.script.parent))

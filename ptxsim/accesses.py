@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Addresses = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 
-SEMANTICS = ("weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio")
+SEMANTICS = ("weak", "volatile", "relaxed", "acquire", "release", "acq_rel")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 SHARED_SPACES = ("shared", "shared::cta", "shared::cluster")
 CACHE: dict[str, tuple[str, ...]] = {
@@ -66,8 +66,10 @@ def check_semantics(ins: Instruction, found: dict[str, str], allowed: tuple[str,
     sem = found.get("semantics", "weak")
     if sem not in allowed:
         raise Unsupported(f"PTX line {ins.line}: {ins.text}: .{sem} is not known here")
-    if ("scope" in found) != (sem in ("relaxed", "acquire", "release", "acq_rel", "mmio")):
+    if ("scope" in found) != (sem in ("relaxed", "acquire", "release", "acq_rel")):
         raise Unsupported(f"PTX line {ins.line}: {ins.text}: .{sem} and its scope do not fit")
+    if "mmio" in found and (sem, found["scope"]) != ("relaxed", "sys"):
+        raise Unsupported(f"PTX line {ins.line}: {ins.text}: .mmio is .relaxed.sys")
     return sem != "weak"
 
 
@@ -113,7 +115,7 @@ def _ranks(addresses: Addresses) -> Iterable[tuple[int, npt.NDArray[np.bool_]]]:
 def check_aligned(w: "Warp", address: Value, mask: int, size: int) -> None:
     """A fatal finding if a lane's address is not a multiple of `size`."""
     if address.__class__ is int:
-        bad = address if address & (size - 1) else None  # type: ignore[operator]
+        bad = address if address & (size - 1) else None
     else:
         low = address[bools(mask)] & address.dtype.type(size - 1)  # type: ignore[index,union-attr]
         bad = int(address[bools(mask)][low != 0][0]) if low.any() else None  # type: ignore[index]

@@ -61,7 +61,7 @@ def cp_async(ins: Instruction) -> Effect:
     width = size.integer()
     ignores = bool(rest) and isinstance(rest[0], Reg) and rest[0].width == 1
 
-    def run(w: "Warp", mask: int, to: Value, source: Value, limit: Value = width) -> None:
+    def run(w: "Warp", mask: int, to: Value, source: Value, limit: Any = width) -> None:
         _copy(w, mask, to, source, width, 0 if ignores else limit, limit if ignores else 0)
 
     sources = [Source(dst), Source(src, 64)]

@@ -94,7 +94,8 @@ class MBarrier:
         self.tx = self.phases = 0
         self.waiters = _queue(cta.machine)
         self.valid, self.fenced, self.observed = True, False, True
-        self.init_thread, self.init_tick = w.thread, int(w.clock[w.thread])
+        self.init_thread: int = w.thread
+        self.init_tick = int(w.clock[w.thread])
         self._gather: Clock | None = None
         self._closed: Clock | None = None
         self._known = {w.thread}
@@ -115,7 +116,7 @@ class MBarrier:
     @property
     def state(self) -> int:
         """The opaque value that arrivals return: phase and pending count before them."""
-        return (self.phases & 0xFFFFFFFF) << 32 | self.pending
+        return 1 << 63 | (self.phases & 0x7FFFFFFF) << 32 | self.pending
 
     def arrive(self, found: Found, clock: Clock | None, count: int = 1) -> None:
         """An arrive-on operation.
@@ -546,9 +547,9 @@ def mbarrier_pending_count(ins: Instruction) -> Effect:
     r.end(2)
 
     def run(w: "Warp", mask: int, state: Value) -> Value:
-        if state.__class__ is int:
-            return state & MAX_COUNT  # type: ignore[operator]
-        return (state & np.uint64(MAX_COUNT)).astype(np.uint32)  # type: ignore[operator,union-attr]
+        if isinstance(state, int):
+            return state & MAX_COUNT
+        return np.array([int(one) & MAX_COUNT for one in state], np.uint32)
 
     return Effect(run, (ins.operands[0],), (Source(ins.operands[1], 64),))
 
@@ -571,11 +572,11 @@ def mbarrier_wait(ins: Instruction) -> Effect:
 
     # One function for the common case, as this runs more often than any other barrier operation.
     def run(w: "Warp", mask: int, address: Value, phase: Value) -> Any:
-        if address.__class__ is int and phase.__class__ is int:
-            bar = _waitable(w, address, space)  # type: ignore[arg-type]
+        if isinstance(address, int) and isinstance(phase, int):
+            bar = _waitable(w, address, space)
             if bar is None:
                 return mask
-            if _passed(w, bar, phase, parity):  # type: ignore[arg-type]
+            if _passed(w, bar, phase, parity):
                 _forget_waits(w)
                 bar.observe(w, acquire)
                 return mask
@@ -600,9 +601,10 @@ def _waitable(w: "Warp", value: int, space: str) -> MBarrier | None:
 def _passed(w: "Warp", bar: MBarrier, phase: int, parity: bool) -> bool:
     if parity:
         return bar.phases & 1 != phase & 1
-    behind = bar.phases - (phase >> 32)
-    if behind < 0 or behind > 1:
-        w.found(BARRIER_MISUSE, f"wait for phase {phase >> 32}, which is neither the current nor the last one: {bar!r}")
+    number = phase >> 32 & 0x7FFFFFFF
+    behind = bar.phases - number
+    if behind < 0 or behind > 1 or not phase >> 63:
+        w.found(BARRIER_MISUSE, f"wait for phase {number}, which is neither the current nor the last one: {bar!r}")
     return behind > 0
 
 

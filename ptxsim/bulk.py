@@ -355,10 +355,10 @@ def tensor_reduce(ins: Instruction) -> Effect:
     return _tensor_store(ins, r, form)
 
 
-def _distinct(mask: int, values: list[Value]) -> list[tuple[tuple[int, ...], int]]:
+def _distinct(mask: int, values: list[Any]) -> list[tuple[tuple[int, ...], int]]:
     """Distinct tuples of the values among the lanes, with the lanes that have them."""
     if all(value.__class__ is int for value in values):
-        return [(tuple(values), mask)]  # type: ignore[list-item]
+        return [(tuple(values), mask)]
     found: dict[tuple[int, ...], int] = {}
     for i in lanes_of(mask):
         key = tuple(lane(value, i) for value in values)

@@ -11,7 +11,6 @@ from fractions import Fraction
 
 import numpy as np
 
-from ptxsim.alu import in_register_form, per_lane
 from ptxsim.findings import Unsupported
 from ptxsim.floats import (
     BF16,
@@ -30,6 +29,7 @@ from ptxsim.floats import (
     round_bits,
     round_fraction,
 )
+from ptxsim.lanes import in_register_form, per_lane
 from ptxsim.ptx import Instruction
 from ptxsim.registry import Pure, Reader, decoder
 from ptxsim.templates import guarded, pure, register, sources
@@ -223,7 +223,7 @@ def _float_to_int(ins: Instruction, r: Reader, m: Modifiers, dtype: str, atype: 
     low, high = (-(1 << (width - 1)), (1 << (width - 1)) - 1) if signed else (0, (1 << width) - 1)
     integral = _TO_INTEGRAL[m.rounding]
     # PTX ISA, cvt: NaN gives 0, but the top bit alone where f64 or a 64-bit integer takes part.
-    not_a_number = 1 << (width - 1) if t is DOUBLE or width == 64 else 0
+    not_a_number = (low if signed else 1 << (width - 1)) if t is DOUBLE or width == 64 else 0
     kind = np.int64 if signed else np.uint64
 
     def fn(a: Value) -> Value:
@@ -235,7 +235,7 @@ def _float_to_int(ins: Instruction, r: Reader, m: Modifiers, dtype: str, atype: 
         whole = np.where(over | under, 0.0, x).astype(kind)
         whole = np.where(over, kind(high), np.where(under, kind(low), whole))
         if b"\1" in nan.tobytes():
-            whole = np.where(nan, np.uint64(not_a_number).astype(kind), whole)
+            whole = np.where(nan, kind(not_a_number), whole)
         return in_register_form(whole, dst.width)
 
     return Pure(fn, (dst,), sources(ins, 1, t.bits))

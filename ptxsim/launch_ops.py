@@ -59,7 +59,11 @@ def setmaxnreg(ins: Instruction) -> Effect:
 
 
 class _Registers:
-    """The register pool of a CTA; what a launch gives every thread follows from its limits."""
+    """The register pool of a CTA.
+
+    What a thread holds at launch is the assembler's choice unless .maxnreg fixes it; otherwise the most that the launch
+    bounds allow is taken, so that a shortage found here is a shortage on hardware.
+    """
 
     def __init__(self, cta: "CTA") -> None:
         from ptxsim.machine import WaitQueue
@@ -67,8 +71,8 @@ class _Registers:
         directives = cta.machine.kernel.directives
         per_sm = max(1, directives.get("minnctapersm", (1,))[0])
         fair = _REGISTERS_OF_SM // (32 * len(cta.warps) * per_sm) // 8 * 8
-        self.at_launch = min(directives.get("maxnreg", (255,))[0], fair, 255)
-        self.at_launch = (self.at_launch + 7) // 8 * 8
+        self.exact = "maxnreg" in directives
+        self.at_launch = (min(directives.get("maxnreg", (255,))[0], fair, 255) + 7) // 8 * 8
         # Whole register file of the CTA: setmaxnreg only moves registers between warps.
         self.total = self.at_launch * len(cta.warps)
         self.held = {w.index: self.at_launch for w in cta.warps}
@@ -81,12 +85,12 @@ def _set_registers(w: "Warp", direction: str, count: int) -> Any:
         pool = w.cta.state["registers"] = _Registers(w.cta)
     held = pool.held[w.index]
     if direction == "dec":
-        if held < count:
+        if held < count and pool.exact:
             w.found(LAUNCH, f"setmaxnreg.dec to {count}, but the warp holds {held} registers a thread")
         pool.held[w.index] = count
         pool.queue.wake()
         return None
-    if held > count:
+    if held > count and pool.exact:
         w.found(LAUNCH, f"setmaxnreg.inc to {count}, but the warp holds {held} registers a thread")
     free = pool.total - sum(pool.held.values())
     if count - held > free:

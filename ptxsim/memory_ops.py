@@ -116,6 +116,7 @@ def _arrays(rows: Bytes, bits: int, signed: bool, widths: list[int], chosen: npt
 
 def _ld_groups() -> dict[str, tuple[str, ...]]:
     return {
+        "mmio": ("mmio",),
         "semantics": SEMANTICS,
         "scope": SCOPES,
         "space": ("const", "global", "local", "param", "param::entry", *SHARED_SPACES),
@@ -130,7 +131,7 @@ def _ld_groups() -> dict[str, tuple[str, ...]]:
 def ld(ins: Instruction) -> Effect:
     """ld and ldu: every space, width, vector, cache modifier and ordering."""
     found = modifiers(ins, 1, _ld_groups())
-    strong = check_semantics(ins, found, ("weak", "volatile", "relaxed", "acquire", "mmio"))
+    strong = check_semantics(ins, found, ("weak", "volatile", "relaxed", "acquire"))
     check_count(ins, found, 2)
     target = ins.operands[0]
     count, bits, signed = _elements(ins, target, found)
@@ -180,7 +181,7 @@ def st(ins: Instruction) -> Effect:
     """st: every space, width, vector, cache modifier and ordering."""
     groups = _ld_groups() | {"space": ("global", "local", *SHARED_SPACES), "nc": ()}
     found = modifiers(ins, 1, groups)
-    strong = check_semantics(ins, found, ("weak", "volatile", "relaxed", "release", "mmio"))
+    strong = check_semantics(ins, found, ("weak", "volatile", "relaxed", "release"))
     check_count(ins, found, 2)
     source = ins.operands[1]
     count, bits, _ = _elements(ins, source, found)

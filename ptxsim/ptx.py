@@ -278,7 +278,9 @@ class _Body:
                 # `.reg .v4 .s32 a` is a.x, a.y, a.z, a.w, and `a` all of them.
                 for name in spelled:
                     self.declare(type_name, ",".join(f"{name}.{letter}" for letter in "xyzwabcd"[:lanes]))
-                    self.scopes[-1][name] = Vector(tuple(self.scopes[-1][f"{name}.{letter}"] for letter in "xyzwabcd"[:lanes]))
+                    self.scopes[-1][name] = Vector(
+                        tuple(self.scopes[-1][f"{name}.{letter}"] for letter in "xyzwabcd"[:lanes])
+                    )
                 continue
             for name in spelled:
                 reg = Reg(name, width, len(self.kernel.registers))
@@ -375,7 +377,7 @@ class _Operands:
         return TensorAddress(base, vectors)  # type: ignore[arg-type]
 
 
-_GUARD = re.compile(r"@(!?)\s*([%$\w]+)\s+")
+_GUARD = re.compile(r"@(!?)\s*([%$\w.]+)\s+")
 
 
 def _instruction(

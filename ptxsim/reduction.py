@@ -46,6 +46,7 @@ def reduce(operation: str, dtype: str, old: Bytes, new: Bytes) -> Bytes:
     Returns:
         The bytes to store, of the same shape.
     """
+    out: np.ndarray
     if dtype in ("f16", "bf16"):
         out = _reduce_half(operation, dtype, old, new)
     elif dtype == "f32":

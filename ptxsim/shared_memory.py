@@ -475,7 +475,8 @@ class SharedMemory:
         elif actor.fenced and flags.strip(b"\0"):
             self._check_fence(actor, layer, index, "reads")
         if not strong:
-            layer.reads[index, self._column(actor.thread)] = actor.tick
+            column = self._column(actor.thread)
+            layer.reads[index, column] = actor.tick
 
     def _check_write(self, actor: _Actor, layer: _Layer, index: Index, strong: bool = False) -> None:
         """Checks a write against what came before."""

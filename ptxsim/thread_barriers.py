@@ -30,7 +30,7 @@ def _joined(old: Clock | None, new: Clock) -> Clock:
 class _Round:
     """One use of a barrier, from the first arrival to its completion."""
 
-    __slots__ = ("clock", "count", "done", "everything", "masks", "queue", "reduced", "reduces", "voters")
+    __slots__ = ("clock", "count", "done", "everything", "extra", "masks", "queue", "reduced", "reduces", "voters")
 
     def __init__(self, machine: "Machine", count: int, reduces: str = "") -> None:
         self.count, self.reduces = count, reduces
@@ -41,11 +41,16 @@ class _Round:
 
         self.queue = WaitQueue(machine)
         self.done = False
-        self.voters = self.reduced = 0
+        self.voters = self.reduced = self.extra = 0
 
     def join(self, w: "Warp", mask: int, relaxed: bool = False) -> None:
         """Lanes of `w` arrive; a relaxed arrival publishes what a fence before it did."""
-        self.masks[w] = self.masks.get(w, 0) | mask
+        before = self.masks.get(w, 0)
+        if before & mask:
+            # A warp may arrive for another one too: hardware counts arrivals, not warps.
+            self.extra += 32
+            before = 0
+        self.masks[w] = before | mask
         self.everything = _joined(self.everything, w.clock)
         released = w.state.get("fence clock") if relaxed else w.release()
         if released is not None:
@@ -53,7 +58,7 @@ class _Round:
 
     def arrived(self) -> int:
         """Threads that have arrived, in whole warps: a warp counts when all its live lanes have come."""
-        return 32 * sum(1 for w, mask in self.masks.items() if w.active & ~mask == 0)
+        return self.extra + 32 * sum(1 for w, mask in self.masks.items() if w.active & ~mask == 0)
 
     def finish(self) -> None:
         """Completes the round and wakes everybody."""
@@ -127,7 +132,7 @@ def named_barrier(ins: Instruction) -> Effect:
     r.end()
     destinations, sources, counted = _bar_operands(ins, r, kind)
     waits = kind != "arrive"
-    key = ("bar", ins.line, ins.op)
+    key = "bar round"
 
     def run(w: "Warp", mask: int, number: Value, *rest: Any) -> Any:
         current = w.path.state.get(key)
@@ -175,9 +180,12 @@ def _join_named(
         w.found(BARRIER_MISUSE, f"thread count {wanted} does not fit {_describe(w.cta, which, current)}")
     if bool(current.reduces) != bool(reduces):
         w.found(BARRIER_MISUSE, f"bar.red mixed with bar.sync or bar.arrive: {_describe(w.cta, which, current)}")
-    if current.masks.get(w, 0) & mask:
+    before = current.masks.get(w, 0)
+    if before & mask and (w.active & ~before or not current.count):
         w.found(BARRIER_MISUSE, f"a warp arrives twice: {_describe(w.cta, which, current)}")
     current.join(w, mask)
+    if current.count and current.arrived() > current.count:
+        w.found(BARRIER_MISUSE, f"more arrivals than expected: {_describe(w.cta, which, current)}")
     current.voters += mask.bit_count()
     current.reduced += (vote & mask).bit_count()
     _settle(w.cta, which, current)

@@ -11,7 +11,7 @@ A uniform value costs a tenth of a vector operation, and most of what producer a
 """
 
 from collections.abc import Iterator
-from typing import Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ FULL = 0xFFFFFFFF
 M8, M16, M32, M64 = 0xFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
-Value = Union[int, U32, U64]
+# int | U32 | U64: which of them is only known at run time, and NumPy's stubs cannot follow arithmetic on such a union.
+Value = Any
 LANE_IDS = np.arange(LANES, dtype=np.uint32)
 LANE_BITS = np.uint32(1) << LANE_IDS
 

@@ -162,8 +162,11 @@ def decode_vote(ins: Instruction) -> Effect:
         return FULL if flags & members in (0, members) else 0
 
     def run_ballot(w: "Warp", mask: int, flags: int, members: Value) -> Value:
+        groups = _groups(w, mask, members)
+        if len(groups) == 1:
+            return one(flags, groups[0][0] & mask)
         result: Value = 0
-        for own, lanes in _groups(w, mask, members):
+        for own, lanes in groups:
             result = merge(result, one(flags, own & mask), lanes)  # type: ignore[assignment]
         return result
 
