@@ -1,0 +1,1 @@
+"""Probe kernels whose results on a GPU are recorded, and must be the simulator's."""
