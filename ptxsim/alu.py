@@ -1,7 +1,7 @@
 """Integer arithmetic; importing this module also registers moves, logic and comparisons.
 
-Source: PTX ISA, "Integer Arithmetic Instructions", "Extended-Precision Integer Arithmetic Instructions". Not pinned by silicon:
-the results of a division by zero (all ones; the remainder is the dividend).
+Source: PTX ISA, "Integer Arithmetic Instructions", "Extended-Precision Integer Arithmetic Instructions". Not pinned by
+silicon: the results of a division by zero (all ones; the remainder is the dividend).
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from ptxsim.lanes import (
     ones,
     same_form,
     signed_int,
+    wide_factor,
     wide_lanes,
 )
 from ptxsim.ptx import Instruction
@@ -147,7 +148,7 @@ def mul_hi64(a: Value, b: Value, signed: bool) -> Value:
 @helper
 def product_lanes(a: Value, b: Value, width: int, signed: bool) -> np.ndarray:
     """Full products of up to 32-bit lanes, in 64 bits."""
-    return wide_lanes(a, width, signed) * wide_lanes(b, width, signed)
+    return wide_factor(a, width, signed) * wide_factor(b, width, signed)
 
 
 def _product(r: Reader, part: str, signed: bool, width: int, srcs: tuple[Source, ...]) -> tuple[str, str, int]:
@@ -267,7 +268,7 @@ def int_quotient(a: int, b: int, width: int, signed: bool, remainder: bool) -> i
 
 
 @decoder("div", "rem")
-def decode_div(ins: Instruction) -> Pure:
+def decode_div(ins: Instruction) -> Pure | Effect:
     """`div` and `rem`."""
     if is_float(ins):
         return floats.decode_arithmetic(ins)
@@ -279,7 +280,7 @@ def decode_div(ins: Instruction) -> Pure:
 
     def fn(a: Value, b: Value) -> Value:
         if a.__class__ is int and b.__class__ is int:
-            return int_quotient(a, b, width, signed, remainder)  # type: ignore[arg-type]
+            return int_quotient(a, b, width, signed, remainder)
         return slow(a, b)
 
     return Pure(fn, (register(ins),), sources(ins, 1, width, width))

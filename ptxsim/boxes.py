@@ -5,7 +5,8 @@ permutation of 16-byte chunks that is computed once. A box is held unswizzled, o
 `row_bytes`-wide rows that the copy engine moves; the swizzle applies to absolute shared-memory addresses (see
 `tensormap.swizzle_offset`).
 
-Not pinned by silicon: the bit pattern of the NaN fill, the padding bytes of the padded packed types.
+Not pinned by silicon: the bit pattern of the NaN fill, the padding bytes of the padded packed types, that reductions round
+the end of a row up as stores do.
 """
 
 from functools import lru_cache
@@ -62,8 +63,11 @@ class Box:
         m = self.map = tensor_map
         if m.interleave != Interleave.NONE:
             raise Unsupported(f"tensor map with interleaved layout {m.interleave.name}: not modelled")
-        if m.dtype in ("f32_ftz", "tf32", "tf32_ftz"):
-            raise Unsupported(f"tensor map of type {m.dtype}: what the copy does to the values is not modelled")
+        if m.row_bytes < m.swizzle.span:
+            raise Unsupported(
+                f"tensor map whose box is {m.row_bytes} bytes wide with swizzle {m.swizzle.name}: the hardware spreads such "
+                "rows (an H200 wrote beyond their bytes), which is not modelled; make the box as wide as the swizzle"
+            )
         counts = m.box_counts if rows is None else (m.box[0], rows)
         self._counts = (m.box[0], *counts[1:]) if rows is None else (m.box[0], 1)
         self.rows = tuple(counts[:0:-1])
@@ -74,12 +78,15 @@ class Box:
         for count in self.rows:
             self.num_bytes *= count
         self._steps = m.element_strides
+        self._rounds = m.dtype in ("tf32", "tf32_ftz")
 
-    def clip(self, coordinates: list[int]) -> Clip | None:
+    def clip(self, coordinates: list[int], store: bool = False) -> Clip | None:
         """The part of the box at these coordinates that lies inside the tensor; None if there is none.
 
         Args:
             coordinates: of the box's first element, innermost first, signed.
+            store: for a copy to global memory, which moves whole 16-byte chunks: a tensor row that ends within one is
+                written up to the chunk's end (seen on an H200).
         """
         m, bits = self.map, self._bits
         low, high = -coordinates[0], m.dims[0] - coordinates[0]
@@ -89,8 +96,12 @@ class Box:
             return None
         whole = low == 0 and high == width
         first = m.global_address + (coordinates[0] + low) * bits // 8
-        row = (high - low) * bits // 8
-        shape, strides, slices = [row], [1], [slice(low * bits // 8, high * bits // 8)]
+        begin, stop = low * bits // 8, high * bits // 8
+        if store and stop & 15:
+            stop = min(self.row_bytes, stop + 15 & ~15)
+            whole = begin == 0 and stop == self.row_bytes
+        row = stop - begin
+        shape, strides, slices = [row], [1], [slice(begin, stop)]
         end = first + row
         for i in range(1, len(coordinates)):
             at, step, count, stride = coordinates[i], self._steps[i], self._counts[i], m.strides_bytes[i - 1]
@@ -109,9 +120,12 @@ class Box:
         return Clip(first, end, tuple(shape[::-1]), tuple(strides[::-1]), None if whole else tuple(slices[::-1]))
 
     def aligned(self, coordinates: list[int]) -> bool:
-        """True if a row starts at a byte (packed types)."""
+        """True if the first coordinate is one that the hardware takes: at a multiple of 16 bytes (seen on an H200).
+
+        Padded types need a multiple of 128 elements (PTX ISA).
+        """
         unit = 128 if self._bits != self.map.element.shared_bits else 1
-        return coordinates[0] * self._bits % 8 == 0 and coordinates[0] % unit == 0
+        return coordinates[0] * self._bits % 128 == 0 and coordinates[0] % unit == 0
 
     def gather(self, clip: Clip | None, data: Bytes, start: int) -> Bytes:
         """The box as it goes to shared memory, unswizzled.
@@ -130,6 +144,8 @@ class Box:
             else:
                 box = self._filled()
                 box[clip.slices] = inside
+        if self._rounds:
+            return _to_tf32(box).reshape(-1)
         return self._padded(box) if self._shared_row != self.row_bytes else box.reshape(-1)
 
     def scatter(self, clip: Clip, box: Bytes, data: Bytes, start: int) -> None:
@@ -169,6 +185,17 @@ def indices(clip: Clip, start: int) -> npt.NDArray[np.int64]:
     for count, stride in zip(clip.shape, clip.strides, strict=True):
         out = (out[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
     return out
+
+
+def _to_tf32(box: Bytes) -> Bytes:
+    """Loads of tf32 round to 10 bits of mantissa and make every NaN 0x7fffe000; subnormals stay (seen on an H200).
+
+    Stores, and both directions of f32_ftz, leave the bits alone. Not pinned by silicon: ties (here to even).
+    """
+    bits = np.ascontiguousarray(box).view(np.uint32)
+    rounded = (bits + np.uint32(0xFFF) + (bits >> np.uint32(13) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(is_nan, np.uint32(0x7FFFE000), rounded).view(np.uint8)
 
 
 @lru_cache(maxsize=512)

@@ -7,7 +7,8 @@ operands among the lanes: compilers emit them without electing a lane, and the h
 
 Source: PTX ISA 9.x, cp.async.bulk, cp.async.bulk.tensor, cp.reduce.async.bulk, cp.reduce.async.bulk.tensor; CUDA
 programming guide, Tensor Memory Accelerator (destinations aligned to 128 bytes).
-Not pinned by silicon: that a store without an elected lane is issued once, NaN results of f16 and bf16 reductions.
+Pinned on an H200: first coordinates at multiples of 16 bytes, no negative coordinates in stores (both end the kernel
+there), stores that write whole 16-byte chunks. Not pinned by silicon: that a store without an elected lane is issued once.
 """
 
 from collections.abc import Callable, Iterator
@@ -184,15 +185,23 @@ def _box(w: "Warp", form: _Form, address: int, coordinates: list[int]) -> Box | 
     if rows and (form.dim != 2 or box.map.box[1] != 1):
         w.found(TENSORMAP, f"{form.mode} needs a map of rank 2 with 1 row in its box, this has box {box.map.box}")
     if not box.aligned(coordinates):
-        w.found(MISALIGNED, f"coordinate {coordinates[0]} of dimension 0 does not fit type {box.map.dtype}", fatal=True)
+        w.found(
+            MISALIGNED,
+            f"coordinate {coordinates[0]} of dimension 0 ({box.map.dtype}) is not at a multiple of 16 bytes",
+            fatal=True,
+        )
+        return None
+    if form.destination == "global" and min(coordinates) < 0:
+        w.found(BAD_VALUE, f"copy to global memory from negative coordinates {coordinates}", fatal=True)
         return None
     return box
 
 
 def _clips(box: Box, form: _Form, coordinates: list[int]) -> list[Clip | None]:
+    store = form.destination == "global"
     if form.mode == "tile":
-        return [box.clip(coordinates)]
-    return [box.clip([coordinates[0], row]) for row in coordinates[1:]]
+        return [box.clip(coordinates, store)]
+    return [box.clip([coordinates[0], row], store) for row in coordinates[1:]]
 
 
 class _Global:

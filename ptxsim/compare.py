@@ -130,8 +130,9 @@ def selected(a: Value, b: Value, mask: int) -> Value:
     if a.__class__ is int and b.__class__ is int:
         if a == b:
             return a
-        return np.where(bools(mask), np.uint32(a), np.uint32(b))  # type: ignore[return-value]
-    return np.where(bools(mask), a, b)  # type: ignore[return-value]
+        # Python ints make int64 here: quicker than np.where on NumPy scalars.
+        return np.where(bools(mask), a, b).astype(np.uint32)
+    return np.where(bools(mask), a, b)
 
 
 @helper
@@ -172,10 +173,8 @@ def decode_slct(ins: Instruction) -> Pure:
         raise Unsupported(f"{r.where}: .ftz is for .f32")
     # Subnormal negative numbers count as -0.0 with .ftz.
     limit = 0x80800000 if ftz else 0x80000001
-    if kind == "s32":
-        test = "_t < 2147483648"
-    else:
-        test = f"(_t <= 2139095040) | (_t >= 2147483648) & (_t < {limit})"
+    nonnegative = f"(_t <= 2139095040) | (_t >= 2147483648) & (_t < {limit})"
+    test = nonnegative if kind == "f32" else "_t < 2147483648"
     flags = f"({FULL} if _t else 0) if (_t := {test.replace('_t', '{2}')}).__class__ is bool else mask_of(_t)"
     slow = "selected64" if width == 64 else "selected"
     return pure(f"{slow}({{0}}, {{1}}, {flags})", (register(ins),), srcs)

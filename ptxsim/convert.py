@@ -2,9 +2,11 @@
 
 Source: PTX ISA, "Data Movement and Conversion Instructions: cvt, cvt.pack"; element formats: OCP Microscaling Formats (MX)
 Specification 1.0. Packed results hold the first source in the upper half. Not pinned by silicon: `.ue8m0x2` of a negative
-number (its magnitude is converted here), NaN payloads of the widening bf16 to f32 (kept). Stochastic rounding (.rs) is refused.
+number (its magnitude is converted here), NaN payloads of the widening bf16 to f32 (kept). Stochastic rounding (.rs) is
+refused.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +17,7 @@ from ptxsim.findings import Unsupported
 from ptxsim.floats import (
     BF16,
     DOUBLE,
+    F16,
     F32,
     F64,
     TYPES,
@@ -25,6 +28,7 @@ from ptxsim.floats import (
     finish,
     flush,
     load,
+    numbers,
     registers,
     round_bits,
     round_fraction,
@@ -38,7 +42,8 @@ from ptxsim.values import M32, Value, lanes64, signed64
 _INTS = {f"{kind}{width}": (kind == "s", width) for kind in "us" for width in (8, 16, 32, 64)}
 _SCALARS = ("f16", "bf16", "f32", "f64")
 _TO_INTEGRAL: dict[str, Callable[[F64], F64]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-_SINGLE = ("f16", "bf16", "tf32")
+_ONE, _SIXTEEN, _HALF = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
+_UPPER, _LOWER = np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,27 @@ def to_small(x: F64, name: str, relu: bool) -> Array:
     codes = np.where(negative, np.uint32(0) if relu else codes | np.uint32(1 << (small.bits - 1)), codes)
     nan = x != x
     return np.where(nan, np.uint32(small.nan), codes) if b"\1" in nan.tobytes() else codes
+
+
+@functools.cache
+def _code_table(name: str, atype: str, relu: bool) -> Array:
+    """Codes for all f16 or bf16 numbers; for "f32" those of its upper halves, twice: exact, and with something below.
+
+    Neighbours' middles have few bits: a number's upper half, and whether the lower one is zero, decide what it rounds to.
+    """
+    if atype == "f32":
+        halves = np.arange(1 << 17, dtype=np.uint32)
+        x = (halves >> _ONE << _SIXTEEN | halves & _ONE).view(np.float32).astype(np.float64)
+    else:
+        x = numbers(np.arange(1 << 16, dtype=np.uint16), TYPES[atype]).astype(np.float64)
+    with np.errstate(all="ignore"):
+        return to_small(x, name, relu)
+
+
+def _codes_of_f32(value: Value, name: str, relu: bool) -> Array:
+    bits = np.array((value,), np.uint32) if value.__class__ is int else value
+    index = (bits >> _SIXTEEN << _ONE) + (bits & _LOWER != 0)
+    return _code_table(name, "f32", relu)[index]
 
 
 def _half_table(name: str) -> Array:
@@ -200,6 +226,15 @@ def _int_to_float(ins: Instruction, r: Reader, m: Modifiers, dtype: str, atype: 
         raise Unsupported(f"{r.where}: this combination of modifiers is not known")
     srcs = sources(ins, 1, max(width, getattr(ins.operands[1], "width", width)))
 
+    if t is F32 and m.rounding == "rn" and width == 32 == srcs[0].width and not m.sat:
+        kind = np.int32 if signed else np.uint32
+
+        def quick(a: Value) -> Value:
+            lanes = np.array((a,), np.uint32) if a.__class__ is int else a
+            return _to_register(lanes.view(kind).astype(np.float32).view(np.uint32))
+
+        return Pure(quick, (register(ins),), srcs)
+
     def fn(a: Value) -> Value:
         lanes = _int_lanes(a, signed, width)
         if t is DOUBLE:
@@ -268,6 +303,30 @@ def _narrow_bits(value: Value, name: str, m: Modifiers) -> Array:
     return np.where(nan, np.uint32(nan_bits), out) if b"\1" in nan.tobytes() else out
 
 
+def _bf16_upper(value: Value) -> Array:
+    """f32 rounded to bf16, in the upper half; the lower half is rubbish."""
+    bits = np.array((value,), np.uint32) if value.__class__ is int else value
+    x = bits.view(np.float32)
+    nan = x != x
+    rounded = bits + ((bits >> _SIXTEEN & _ONE) + _HALF)
+    return np.where(nan, np.uint32(0x7FFF0000), rounded) if b"\1" in nan.tobytes() else rounded
+
+
+def _quick_bf16x2(a: Value, b: Value) -> Value:
+    return _to_register(_bf16_upper(a) & _UPPER | _bf16_upper(b) >> _SIXTEEN)
+
+
+def _quick_f16x2(a: Value, b: Value) -> Value:
+    high, low = (np.array((v,), np.uint32) if v.__class__ is int else v for v in (a, b))
+    halves = np.empty((max(len(high), len(low)), 2), np.float16)
+    halves[:, 0] = low.view(np.float32)
+    halves[:, 1] = high.view(np.float32)
+    nan = halves != halves
+    if b"\1" in nan.tobytes():
+        return _to_register(np.where(nan, np.uint16(0x7FFF), halves.view(np.uint16)).view(np.uint32)[:, 0])
+    return _to_register(halves.view(np.uint32)[:, 0])
+
+
 def _to_register(bits: Array) -> Value:
     return bits if len(bits) == 32 else int(bits[0])
 
@@ -285,6 +344,8 @@ def _from_f32(ins: Instruction, r: Reader, m: Modifiers, name: str, packed: bool
         raise Unsupported(f"{r.where}: this combination of modifiers is not known")
     r.end(3 if packed else 2)
     if packed:
+        if m.rounding == "rn" and not m.relu and not m.satfinite:
+            return Pure(_quick_bf16x2 if name == "bf16" else _quick_f16x2, (register(ins),), sources(ins, 1, 32, 32))
 
         def fn(a: Value, b: Value) -> Value:
             return _to_register(_narrow_bits(a, name, m) << np.uint32(16) | _narrow_bits(b, name, m))
@@ -307,6 +368,10 @@ def _float_to_float(ins: Instruction, r: Reader, m: Modifiers, dtype: str, atype
         raise Unsupported(f"{r.where}: rounding {m.rounding!r} does not fit this conversion")
     if source is BF16 and t is F32 and not m.ftz and not m.sat:
         return pure("{0} << 16", dst, srcs)
+    if source is F16 and t is F32 and not m.ftz and not m.sat:
+        return Pure(
+            lambda a: _to_register(_single_table()[a]) if a.__class__ is not int else int(_single_table()[a]), dst, srcs
+        )
 
     def fn(a: Value) -> Value:
         x = load(a, source, m.ftz and source is F32)
@@ -314,6 +379,12 @@ def _float_to_float(ins: Instruction, r: Reader, m: Modifiers, dtype: str, atype
         return registers(finish(bits, t, m.ftz and t is F32, clamp), t)
 
     return Pure(fn, dst, srcs)
+
+
+@functools.cache
+def _single_table() -> Array:
+    """f32 bits of every f16."""
+    return encode(load(np.arange(1 << 16, dtype=np.uint32), F16), F32)
 
 
 # ----------------------------------------------------------------------------------------------------------- small formats
@@ -335,14 +406,21 @@ def _halves_of(ins: Instruction, r: Reader, m: Modifiers, atype: str) -> tuple[C
 def _to_small_pair(ins: Instruction, r: Reader, m: Modifiers, name: str, atype: str) -> Pure:
     if m.rounding != "rn" or not m.satfinite or m.ftz or m.sat or atype not in ("f32", "f16x2", "bf16x2"):
         raise Unsupported(f"{r.where}: expected cvt.rn.satfinite{{.relu}} from f32, f16x2 or bf16x2")
-    read, widths = _halves_of(ins, r, m, atype)
     slot = np.uint32(SMALL[name].slot)
+    if atype == "f32":
+        r.end(3)
 
-    def fn(*srcs: Value) -> Value:
-        codes = to_small(read(*srcs), name, m.relu)
+        def fn(a: Value, b: Value) -> Value:
+            return _to_register(_codes_of_f32(a, name, m.relu) << slot | _codes_of_f32(b, name, m.relu))
+
+        return Pure(fn, (register(ins),), sources(ins, 1, 32, 32))
+    r.end(2)
+
+    def from_pair(a: Value) -> Value:
+        codes = _code_table(name, atype, m.relu)[elements(a, TYPES[atype])]
         return _to_register(codes[:, 1] << slot | codes[:, 0])
 
-    return Pure(fn, (register(ins),), sources(ins, 1, *widths))
+    return Pure(from_pair, (register(ins),), sources(ins, 1, 32))
 
 
 def _from_small_pair(ins: Instruction, r: Reader, m: Modifiers, name: str) -> Pure:
@@ -353,12 +431,11 @@ def _from_small_pair(ins: Instruction, r: Reader, m: Modifiers, name: str) -> Pu
     mask = (1 << slot) - 1
     if m.relu:
         table = np.where((table & np.uint16(0x8000)) != 0, np.uint16(0), table)
-    wide = table.astype(np.uint32)
+    codes = np.arange(1 << 2 * slot)
+    pairs = table[codes & mask].astype(np.uint32) | table[codes >> slot].astype(np.uint32) << np.uint32(16)
 
     def fn(a: Value) -> Value:
-        if a.__class__ is int:
-            return int(wide[a & mask]) | int(wide[a >> slot & mask]) << 16  # type: ignore[operator]
-        return wide[a & mask] | wide[a >> slot & mask] << np.uint32(16)  # type: ignore[operator]
+        return int(pairs[a]) if a.__class__ is int else pairs[a]
 
     return Pure(fn, (register(ins),), sources(ins, 1, 2 * slot))
 
@@ -384,8 +461,8 @@ def _scales(ins: Instruction, r: Reader, m: Modifiers, dtype: str, atype: str) -
 
         def widen(a: Value) -> Value:
             if a.__class__ is int:
-                return int(table[a & 255]) | int(table[a >> 8 & 255]) << 16  # type: ignore[operator]
-            return table[a & 255] | table[a >> 8 & 255] << np.uint32(16)  # type: ignore[operator]
+                return int(table[a & 255]) | int(table[a >> 8 & 255]) << 16
+            return table[a & 255] | table[a >> 8 & 255] << np.uint32(16)
 
         return Pure(widen, (register(ins),), sources(ins, 1, 16))
     if m.rounding not in ("rz", "rp") or atype not in ("f32", "bf16x2"):

@@ -1,11 +1,12 @@
 """Floating-point instructions on f16, bf16, f32, f64 and their packed pairs.
 
-Every result is the exact one rounded once. Sums and fused products go through float64 with rounding to odd (a sticky last bit),
-after which one more rounding to a much shorter format is exact. Callers run under `np.errstate(all="ignore")`.
+Every result is the exact one rounded once. Sums and fused products go through float64 with rounding to odd (a sticky last
+bit), after which one more rounding to a much shorter format is exact. Callers run under `np.errstate(all="ignore")`.
 
-Source: PTX ISA, sections "Floating-Point Instructions", "Half Precision ...", "Mixed Precision ...". NaN results are 0x7fffffff
-(f32) and 0x7fff (f16, bf16); f64 keeps what the host computes. Not pinned by silicon: the last bits of the `.approx` functions
-(here the float64 result rounded once; hardware is within a few units) and the payload of NaNs that `neg` and `abs` pass on.
+Source: PTX ISA, sections "Floating-Point Instructions", "Half Precision ...", "Mixed Precision ...". NaN results are
+0x7fffffff (f32), 0x7fff (f16, bf16) and 0x7ff8000000000000 (f64). Not pinned by silicon: the last bits of the `.approx`
+functions (here the float64 result rounded once; hardware is within a few units) and the payload of NaNs that `neg` and `abs`
+pass on.
 """
 
 import math
@@ -115,8 +116,8 @@ def numbers(bits: Array, t: FloatType) -> Array:
 
 def flush(bits: Array, t: FloatType) -> Array:
     """Subnormal elements as zeros of their sign."""
-    kind = t.dtype
-    return np.where(bits & kind(t.inf) == 0, bits & kind(t.sign), bits)
+    small = bits & t.dtype(t.inf) == 0
+    return np.where(small, bits & t.dtype(t.sign), bits) if b"\1" in small.tobytes() else bits
 
 
 def load(value: Value, t: FloatType, ftz: bool = False) -> Array:
@@ -223,12 +224,12 @@ def encode(x: F64, t: FloatType, mode: str = "rn") -> Array:
 
 
 def _f32(value: Value) -> Array:
-    return (np.array((value,), np.uint32) if value.__class__ is int else value).view(np.float32)  # type: ignore[union-attr]
+    return (np.array((value,), np.uint32) if value.__class__ is int else value).view(np.float32)
 
 
 def _f32x2(value: Value) -> Array:
     wide = np.array((value,), np.uint64) if value.__class__ is int else value
-    return wide.view(np.float32).reshape(-1, 2)  # type: ignore[union-attr]
+    return wide.view(np.float32).reshape(-1, 2)
 
 
 def _out32(result: Array) -> Value:
@@ -249,7 +250,7 @@ def _out32x2(result: Array) -> Value:
 
 def fused(a: Array, b: Array, c: Array) -> F64:
     """a * b + c of float32 or shorter numbers, in float64, right for one rounding to float32."""
-    product = a.astype(np.float64) * b
+    product = a.astype(np.float64) * b.astype(np.float64)
     addend = c.astype(np.float64)
     total = product + addend
     # A second rounding goes wrong only where the first one landed on the middle between two float32: last 28 bits zero.
@@ -258,6 +259,12 @@ def fused(a: Array, b: Array, c: Array) -> F64:
     return total
 
 
+def _bf16(value: Value) -> Array:
+    bits = np.array((value,), np.uint32) if value.__class__ is int else value
+    return (bits << _SIXTEEN).view(np.float32)
+
+
+_SIXTEEN = np.uint32(16)
 _FAST: dict[tuple[str, str], Callable[..., Value]] = {
     ("add", "f32"): lambda a, b: _out32(_f32(a) + _f32(b)),
     ("sub", "f32"): lambda a, b: _out32(_f32(a) - _f32(b)),
@@ -368,6 +375,9 @@ def _function(
         if mode == "rn" and not ftz and not clamp and (op, t.name) in _FAST and all(s is t for s in ins_types):
             return _FAST[op, t.name]
         compute = _compute(op, mode)
+
+    if mode == "rn" and not clamp and op == "fma" and t is F32 and ins_types == (BF16, BF16, F32):
+        return lambda a, b, c: _out32(fused(_bf16(a), _bf16(b), _f32(c)).astype(np.float32))
 
     def fn(*srcs: Value) -> Value:
         return store(compute(*(load(v, s, ftz) for v, s in zip(srcs, ins_types, strict=True))), t, mode, ftz, clamp)
@@ -521,6 +531,27 @@ def larger(a: Array, b: Array, t: FloatType, largest: bool, nan: bool) -> Array:
     return np.where(lost, t.dtype(t.nan), bits) if b"\1" in lost.tobytes() else bits
 
 
+def _quick_extreme(largest: bool, nan: bool) -> Callable[..., Value]:
+    """f32 alone: NumPy's result where it has neither NaNs nor zeros, which need care."""
+    pick = np.maximum if largest else np.minimum
+
+    def fn(*srcs: Value) -> Value:
+        picked = pick(_f32(srcs[0]), _f32(srcs[1]))
+        if len(srcs) == 3:
+            picked = pick(picked, _f32(srcs[2]))
+        if b"\0" in (np.abs(picked) > _ZERO).tobytes():
+            bits = larger(elements(srcs[0], F32), elements(srcs[1], F32), F32, largest, nan)
+            if len(srcs) == 3:
+                bits = larger(bits, elements(srcs[2], F32), F32, largest, nan)
+            return registers(bits, F32)
+        return registers(picked.view(np.uint32), F32)
+
+    return fn
+
+
+_ZERO = np.float32(0)
+
+
 def decode_extreme(ins: Instruction) -> Pure:
     """`min` and `max` on floating-point types, with two or three inputs."""
     largest = ins.parts[0] == "max"
@@ -540,6 +571,8 @@ def decode_extreme(ins: Instruction) -> Pure:
         or (ftz and t.name.startswith("bf16"))
     ):
         raise Unsupported(f"{r.where}: this combination of modifiers and operands is not known")
+    if t is F32 and not (ftz or absolute):
+        return Pure(_quick_extreme(largest, nan), (register(ins),), sources(ins, 1, *([32] * count)))
     kind, magnitude = t.dtype, t.dtype(t.sign - 1)
 
     def fn(*srcs: Value) -> Value:

@@ -20,6 +20,7 @@ def int_type(r: Reader, kinds: str = "bus", widths: tuple[int, ...] = (16, 32, 6
 
 
 def ones(width: int) -> int:
+    """The mask of the low `width` bits."""
     return (1 << width) - 1
 
 
@@ -30,6 +31,7 @@ def as_int(expression: str, width: int) -> str:
 
 
 def dtype_of(width: int) -> Any:
+    """The type of the arrays that hold registers of `width` bits."""
     return np.uint64 if width == 64 else np.uint32
 
 
@@ -46,33 +48,40 @@ def wide_lanes(value: Value, width: int, signed: bool) -> np.ndarray:
     return signed64(value, width) if signed else lanes64(value)
 
 
+def wide_factor(value: Value, width: int, signed: bool) -> Any:
+    """The same, but an int as a scalar of that type."""
+    if value.__class__ is int:
+        return np.int64(signed_int(value, width)) if signed else np.uint64(value)
+    return wide_lanes(value, width, signed)
+
+
 @helper
 def low_half(value: Value) -> Value:
     """The low 32 bits of b64 lanes."""
-    return value.astype(np.uint32)  # type: ignore[union-attr]
+    return value.astype(np.uint32)
 
 
 @helper
 def high_half(value: Value) -> Value:
     """The high 32 bits of b64 lanes."""
-    return (value >> 32).astype(np.uint32)  # type: ignore[union-attr,operator]
+    return (value >> 32).astype(np.uint32)
 
 
 @helper
 def widen(value: Value) -> Value:
     """uint32 lanes as uint64."""
-    return value.astype(np.uint64)  # type: ignore[union-attr]
+    return value.astype(np.uint64)
 
 
 def in_register_form(lanes: np.ndarray, width: int) -> Value:
     """64-bit lanes cut to a register of `width` bits; an int if there is only one lane."""
     cut = narrow(lanes, width)
-    return cut if len(cut) == 32 else int(cut[0])  # type: ignore[arg-type,index]
+    return cut if len(cut) == 32 else int(cut[0])
 
 
 def same_form(result: Value, *srcs: Value) -> Value:
     """An int if every source was one: then all lanes agree."""
-    return int(result[0]) if all(src.__class__ is int for src in srcs) else result  # type: ignore[index]
+    return int(result[0]) if all(src.__class__ is int for src in srcs) else result
 
 
 def by_lanes(compute: Callable[..., np.ndarray], width: int, signed: bool, result: int) -> Callable[..., Value]:
@@ -83,13 +92,14 @@ def by_lanes(compute: Callable[..., np.ndarray], width: int, signed: bool, resul
             one = [
                 np.array([signed_int(src, width) if signed else src], np.int64 if signed else np.uint64) for src in srcs
             ]
-            return int(narrow(compute(*one), result)[0])  # type: ignore[index]
+            return int(narrow(compute(*one), result)[0])
         return narrow(compute(*(wide_lanes(src, width, signed) for src in srcs)), result)
 
     return fn
 
 
 def signed_int(value: Any, width: int) -> int:
+    """An int's bits read as two's complement."""
     sign = 1 << (width - 1)
     return (value ^ sign) - sign
 

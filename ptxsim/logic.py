@@ -209,7 +209,7 @@ def decode_prmt(ins: Instruction) -> Pure:
         table = np.array([_PRMT_MODES[mode](s) & 0xFFFF & 0x7777 for s in range(4)] if mode != "" else [], np.uint32)
 
         def by_mode(a: Value, b: Value, c: Value) -> Value:
-            picked = table[c & 3]  # type: ignore[operator]
+            picked = table[c & 3]
             return _permute(a, b, int(picked) if c.__class__ is int else picked)
 
         return Pure(by_mode, dst, srcs)
@@ -291,7 +291,7 @@ def decode_bfind(ins: Instruction) -> Pure:
     return Pure(by_lanes(compute, width, signed, 32), (register(ins),), sources(ins, 1, width))
 
 
-def _reverse(value: Any, width: int) -> int:
+def _reverse(value: int, width: int) -> int:
     return int(f"{value:0{width}b}"[::-1], 2)
 
 

@@ -192,17 +192,18 @@ class Warp:
 
     def __init__(self, cta: "CTA", index: int) -> None:
         self.cta, self.index = cta, index
-        self.cluster, self.machine = cta.cluster, cta.machine
+        self.cluster: Cluster = cta.cluster
+        self.machine: Machine = cta.machine
         self.first_tid = index * 32
         count = min(32, cta.num_threads - self.first_tid)
-        self.active = (1 << count) - 1
+        self.active: int = (1 << count) - 1
         self.R: list[Any] = [None] * len(self.machine.program.kernel.registers)
-        self.thread = cta.first_thread + index
+        self.thread: int = cta.first_thread + index
         self.clock: Clock = np.zeros(self.cluster.num_clock_threads, np.uint32)
         self.clock[self.thread] = 1
         self.at = 0
         self.state: dict[str, Any] = {}
-        self.path = Path(self, 0, self.active)
+        self.path: Path = Path(self, 0, self.active)
         self.paths = [self.path]
         self.specials = self._specials()
         self.executed = 0
@@ -443,7 +444,7 @@ class CTA:
 
     def __init__(self, cluster: "Cluster", rank: int, ctaid: tuple[int, int, int]) -> None:
         self.cluster, self.rank, self.ctaid = cluster, rank, ctaid
-        self.machine = cluster.machine
+        self.machine: Machine = cluster.machine
         grid = self.machine.launch.grid
         self.index = ctaid[0] + grid[0] * (ctaid[1] + grid[1] * ctaid[2])
         self.num_threads = self.machine.num_threads

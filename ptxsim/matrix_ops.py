@@ -1,8 +1,8 @@
 """Warp-level matrix instructions: ldmatrix, stmatrix, movmatrix, mma.sync.
 
 Source: PTX ISA, "Warp-level Matrix Instructions" (fragment layouts of m8n8 matrices and of mma.m16n8k*). Products of
-mma.sync are summed in float64 and rounded once; the order and the rounding of hardware's sums are not pinned. The 8-, 6- and 4-bit forms of
-ldmatrix and stmatrix, and mma.sync with block scales or integer types of fewer than 8 bits, are refused.
+mma.sync are summed in float64 and rounded once; the order and the rounding of hardware's sums are not pinned. The 8-, 6- and
+4-bit forms of ldmatrix and stmatrix, and mma.sync with block scales or with types of fewer than 8 bits, are refused.
 """
 
 from collections.abc import Callable

@@ -263,7 +263,8 @@ class GlobalMemory:
             if start + n * size > region.num_bytes:
                 return None
             return region, slice(start, start + n * size)
-        if offsets.min() < 0 or offsets.max() > region.num_bytes - size:
+        places = offsets.tolist()
+        if min(places) < 0 or max(places) > region.num_bytes - size:
             return None
         return region, offsets
 

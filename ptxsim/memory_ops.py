@@ -233,31 +233,27 @@ def cvta(ins: Instruction) -> Pure:
 
 
 @decoder("mapa")
-def mapa(ins: Instruction) -> Effect:
-    """mapa{.shared::cluster}.type d, a, rank."""
+def mapa(ins: Instruction) -> Pure:
+    """mapa{.shared::cluster}.type d, a, rank.
+
+    A rank outside the cluster gives an address outside it, which is a finding when it is used: QuACK maps one rank a lane and
+    uses only those that exist.
+    """
     r = Reader(ins)
     shared = r.one_of("shared::cluster", default="generic") != "generic"
     width = int(r.one_of("u32", "u64")[1:])
     r.end(3)
+    window = 0 if shared else SHARED_WINDOW
 
-    def run(w: "Warp", mask: int, address: Value, rank: Value) -> Value:
-        size = w.cluster.size
-        one, which = single(address, mask), single(rank, mask)
-        if one is not None and which is not None:
-            if which >= size:
-                w.found(OUT_OF_BOUNDS, f"mapa to CTA {which} of a cluster of {size}", fatal=True)
-            out = (one & 0xFFFFFF) | which << 24
-            return out if shared else out | SHARED_WINDOW
+    def run(address: Value, rank: Value) -> Value:
+        if isinstance(address, int) and isinstance(rank, int):
+            return (address & 0xFFFFFF) | min(rank, 0xFF) << 24 | window
         addresses, _ = as_lanes(address, FULL)
-        ranks, _ = as_lanes(rank, FULL)
-        if (ranks[bools(mask)] >= size).any():
-            w.found(OUT_OF_BOUNDS, f"mapa to a CTA outside the cluster of {size}", fatal=True)
-        wide = (addresses & np.uint64(0xFFFFFF)) | ranks << np.uint64(24)
-        if not shared:
-            wide |= np.uint64(SHARED_WINDOW)
+        ranks = np.minimum(as_lanes(rank, FULL)[0], np.uint64(0xFF))
+        wide = (addresses & np.uint64(0xFFFFFF)) | ranks << np.uint64(24) | np.uint64(window)
         return wide if width == 64 else wide.astype(np.uint32)
 
-    return Effect(run, (ins.operands[0],), (Source(ins.operands[1], width), Source(ins.operands[2])))
+    return Pure(run, (ins.operands[0],), (Source(ins.operands[1], width), Source(ins.operands[2])))
 
 
 @decoder("getctarank")

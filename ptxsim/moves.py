@@ -75,7 +75,7 @@ def halves(value: Value) -> tuple[Value, Value]:
     """A b64 value as (low, high) b32."""
     if value.__class__ is int:
         return value & M32, value >> 32
-    pair = value.view(np.uint32).reshape(32, 2)  # type: ignore[union-attr]
+    pair = value.view(np.uint32).reshape(32, 2)
     return pair[:, 0].copy(), pair[:, 1].copy()
 
 

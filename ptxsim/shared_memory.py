@@ -179,7 +179,8 @@ class SharedMemory:
         self._chunks = _Layer(self._count, CHUNK, 8, UNINIT)
         self._fine: _Layer | None = None
         self._columns: dict[int, int] = {}
-        self._readers = np.zeros(0, np.int64)
+        # The thread of each column of `reads`; unused columns hold no read, so any thread will do.
+        self._readers = np.zeros(self._chunks.reads.shape[1], np.int64)
         self._fences = Fences()
 
     # Generic proxy.
@@ -200,7 +201,8 @@ class SharedMemory:
             self._bounds(w.found, start, stop, None, "read")
             self._read_range(actor, start, stop, strong)
             return self.data[start:stop].reshape(n, size).copy()
-        self._bounds(w.found, offsets.min().item(), offsets.max().item() + size, (offsets, size), "read")
+        places = offsets.tolist()
+        self._bounds(w.found, min(places), max(places) + size, (offsets, size), "read")
         rows = offsets // size
         if size >= CHUNK and not strong:
             self._read(actor, self._chunks, rows if size == CHUNK else spread(offsets >> 4, size >> 4))
@@ -221,9 +223,10 @@ class SharedMemory:
             self._note_write(layer, index, w.thread, actor.tick, flags)
             self.data[start:stop] = values.reshape(-1)
             return
-        self._bounds(w.found, offsets.min().item(), offsets.max().item() + size, (offsets, size), "write")
-        if not strong:
-            self._check_lanes(w, offsets, values)
+        places = offsets.tolist()
+        self._bounds(w.found, min(places), max(places) + size, (offsets, size), "write")
+        if not strong and len(set(places)) < n:
+            self._check_lanes(w, places, values)
         rows = offsets // size
         if size >= CHUNK and not strong:
             layer, index = self._chunks, rows if size == CHUNK else spread(offsets >> 4, size >> 4)
@@ -233,11 +236,8 @@ class SharedMemory:
         self._note_write(layer, index, w.thread, actor.tick, flags)
         self._rows[size][rows] = values
 
-    def _check_lanes(self, w: "Warp", offsets: Offsets, values: Bytes) -> None:
+    def _check_lanes(self, w: "Warp", places: list[int], values: Bytes) -> None:
         """Lanes of one instruction that write different values to the same place."""
-        places = offsets.tolist()
-        if len(set(places)) == len(places):
-            return
         seen: dict[int, bytes] = {}
         for place, row in zip(places, values, strict=True):
             if seen.setdefault(place, row.tobytes()) != row.tobytes():
@@ -448,11 +448,12 @@ class SharedMemory:
         column = self._columns.get(thread)
         if column is None:
             column = self._columns[thread] = len(self._columns)
-            self._readers = np.array(list(self._columns), np.int64)
-            if column == self._chunks.reads.shape[1]:
+            if column == len(self._readers):
                 self._chunks.widen()
                 if self._fine is not None:
                     self._fine.widen()
+                self._readers = np.concatenate([self._readers, np.zeros(column, np.int64)])
+            self._readers[column] = thread
         return column
 
     def _read_range(self, actor: _Actor, start: int, stop: int, strong: bool = False) -> None:
@@ -493,8 +494,9 @@ class SharedMemory:
             self._report_writer(actor, layer, index, ~known, "overwrites", strong)
         elif actor.fenced and flags.strip(b"\0\1"):
             self._check_fence(actor, layer, index, "overwrites")
+        reads = layer.reads[index] if isinstance(index, slice) else layer.reads.take(index, axis=0)
         readers = self._readers
-        late = layer.reads[index, : len(readers)] > actor.clock.take(readers)
+        late = reads > actor.clock.take(readers)
         if b"\1" in late.tobytes():
             row, column = (int(i[0]) for i in np.nonzero(late))
             place = self._name(int(_numbers(index)[row]) * layer.unit)

@@ -165,11 +165,17 @@ def _check_scale_cells(
     if not ok.all():
         row = int(np.flatnonzero(~ok.all(axis=0))[0])
         where = f"column {column + row // 32}, lane {row % 32}"
-        found(UNINITIALISED_READ, f"scale factors: tensor memory {where} (or the same lane of another quarter) never written")
+        found(
+            UNINITIALISED_READ,
+            f"scale factors: tensor memory {where} (or the same lane of another quarter) never written",
+        )
     words = cells.reshape(-1, 32, columns).transpose(0, 2, 1).reshape(-1, columns * 32)[:, :rows]
     if (words != words[0]).any():
         row = int(np.nonzero(words != words[0])[1][0])
-        found(TMEM_MISUSE, f"scale factors of row {row} (column {column + row // 32}) differ between quarters of the lanes")
+        found(
+            TMEM_MISUSE,
+            f"scale factors of row {row} (column {column + row // 32}) differ between quarters of the lanes",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

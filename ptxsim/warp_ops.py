@@ -56,9 +56,9 @@ def _wrong_members(w: "Warp", mask: int, members: int, lanes: int) -> None:
 def _groups(w: "Warp", mask: int, members: Value) -> list[tuple[int, int]]:
     """(member mask, executing lanes with it) for each distinct member mask; checks each."""
     if members.__class__ is int:
-        if members & w.active != mask:  # type: ignore[operator]
-            _wrong_members(w, mask, members, mask)  # type: ignore[arg-type]
-        return [(members, mask)]  # type: ignore[list-item]
+        if members & w.active != mask:
+            _wrong_members(w, mask, members, mask)
+        return [(members, mask)]
     groups: dict[int, int] = {}
     for i in lanes_of(mask):
         own = lane(members, i)
@@ -117,14 +117,14 @@ def decode_shfl(ins: Instruction) -> Effect:
     known = shuffle_sources(mode, offset, clamp) if offset is not None and clamp is not None else None
 
     def run(w: "Warp", mask: int, a: Value, b: Value, c: Value, members: Value) -> Any:
-        if members.__class__ is not int or members & w.active != mask:  # type: ignore[operator]
+        if members.__class__ is not int or members & w.active != mask:
             _groups(w, mask, members)
         if known is None and a.__class__ is int and mask == FULL and not want_predicate:
             return a
         source, inside = known or shuffle_sources(mode, b, c)
         if mask != FULL and want_value:
             _check_sources(w, mask, source)
-        value = a if a.__class__ is int else compress(a[source])  # type: ignore[index]
+        value = a if a.__class__ is int else compress(a[source])
         return (value, inside) if want_predicate else value
 
     return Effect(run, dsts, sources(ins, 1, 32, 32, 32, 32))
@@ -167,7 +167,7 @@ def decode_vote(ins: Instruction) -> Effect:
             return one(flags, groups[0][0] & mask)
         result: Value = 0
         for own, lanes in groups:
-            result = merge(result, one(flags, own & mask), lanes)  # type: ignore[assignment]
+            result = merge(result, one(flags, own & mask), lanes)
         return result
 
     def run_predicate(w: "Warp", mask: int, flags: int, members: Value) -> int:
@@ -277,7 +277,7 @@ def decode_redux(ins: Instruction) -> Effect:
             return one([lane(a, i) for i in lanes_of(groups[0][0] & mask or mask)])
         result: Value = 0
         for own, lanes in groups:
-            result = merge(result, one([lane(a, i) for i in lanes_of(own & mask or lanes)]), lanes)  # type: ignore[assignment]
+            result = merge(result, one([lane(a, i) for i in lanes_of(own & mask or lanes)]), lanes)
         return result
 
     return Effect(run, (register(ins),), sources(ins, 1, 32, 32))
@@ -295,14 +295,14 @@ def decode_elect(ins: Instruction) -> Effect:
         raise Unsupported(f"{r.where}: elect writes d|p")
 
     def run(w: "Warp", mask: int, members: Value) -> tuple[Value, int]:
-        if members.__class__ is int and members & w.active == mask:  # type: ignore[operator]
+        if members.__class__ is int and members & w.active == mask:
             low = mask & -mask
             return low.bit_length() - 1, low
         leader: Value = 0
         chosen = 0
         for own, lanes in _groups(w, mask, members):
             first = first_lane(own & mask or lanes)
-            leader = merge(leader, first, lanes)  # type: ignore[assignment]
+            leader = merge(leader, first, lanes)
             chosen |= 1 << first
         return leader, chosen
 
