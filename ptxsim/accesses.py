@@ -87,10 +87,10 @@ def single(address: Value, mask: int) -> int | None:
     """The address that all lanes of `mask` share, or None."""
     if address.__class__ is int:
         return address
-    first = address.item((mask & -mask).bit_length() - 1)  # type: ignore[union-attr]
+    first = address.item((mask & -mask).bit_length() - 1)
     if not mask & (mask - 1):
         return first
-    if address.item(mask.bit_length() - 1) != first:  # type: ignore[union-attr]
+    if address.item(mask.bit_length() - 1) != first:
         return None
     return uniform(address, mask)
 
@@ -117,8 +117,8 @@ def check_aligned(w: "Warp", address: Value, mask: int, size: int) -> None:
     if address.__class__ is int:
         bad = address if address & (size - 1) else None
     else:
-        low = address[bools(mask)] & address.dtype.type(size - 1)  # type: ignore[index,union-attr]
-        bad = int(address[bools(mask)][low != 0][0]) if low.any() else None  # type: ignore[index]
+        low = address[bools(mask)] & address.dtype.type(size - 1)
+        bad = int(address[bools(mask)][low != 0][0]) if low.any() else None
     if bad is not None:
         w.found(MISALIGNED, f"address {bad:#x} is not a multiple of the access's {size} bytes", fatal=True)
 
@@ -243,7 +243,7 @@ def store_lanes(w: "Warp", space: str, addresses: Addresses, lanes: Addresses, v
 
 def as_lanes(address: Value, mask: int) -> tuple[Addresses, Addresses]:
     """(addresses, lane numbers) of the lanes in the mask; addresses as uint64."""
-    wide = np.full(32, address, np.uint64) if address.__class__ is int else address.astype(np.uint64)  # type: ignore[union-attr]
+    wide = np.full(32, address, np.uint64) if address.__class__ is int else address.astype(np.uint64)
     if mask == FULL:
         return wide, LANE_IDS
     chosen = bools(mask)
@@ -255,7 +255,7 @@ def as_lanes(address: Value, mask: int) -> tuple[Addresses, Addresses]:
 
 def _keys(address: Value, mask: int) -> set[int]:
     one = single(address, mask)
-    found = {one} if one is not None else set(address[bools(mask)].tolist())  # type: ignore[index]
+    found = {one} if one is not None else set(address[bools(mask)].tolist())
     return {a & M32 if a >> 56 == 1 else a for a in found}
 
 

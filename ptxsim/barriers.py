@@ -293,7 +293,7 @@ def find(w: "Warp", address: int, asynchronous: bool = False) -> MBarrier | None
         return None
     if asynchronous or w.thread not in bar._known:
         bar.check_initialised_for(w, asynchronous)
-    if bar.cta is not w.cta and getattr(bar.cta, "exited", False):
+    if bar.cta is not w.cta and bar.cta.exited:
         w.found(SHARED_IN_USE, f"mbarrier of a CTA that has exited: {bar!r}")
     return bar
 

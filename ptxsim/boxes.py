@@ -5,8 +5,9 @@ permutation of 16-byte chunks that is computed once. A box is held unswizzled, o
 `row_bytes`-wide rows that the copy engine moves; the swizzle applies to absolute shared-memory addresses (see
 `tensormap.swizzle_offset`).
 
-Not pinned by silicon: the bit pattern of the NaN fill, the padding bytes of the padded packed types, that reductions round
-the end of a row up as stores do.
+Pinned on an H200: both fills, the rounding of tf32, whole 16-byte chunks at the ends of stored rows, rows narrower than the
+swizzle (they lie as far apart as the swizzle is wide; only their own bytes are written, and counted). Not pinned: the padding
+bytes of the padded packed types, that reductions round the end of a row up as stores do.
 """
 
 from functools import lru_cache
@@ -22,7 +23,7 @@ Bytes = npt.NDArray[np.uint8]
 
 # A dtype of 16 bytes: chunks are moved, never looked at.
 CHUNK = np.dtype(np.complex128)
-_NAN = {16: 0x7FFF, 32: 0x7FFFFFFF, 64: 0x7FFFFFFFFFFFFFFF}
+_NAN = np.array([0xF7, 0x7F], np.uint8)  # every 16 bits of the NaN fill, of whatever type (seen on an H200)
 
 
 class Clip(NamedTuple):
@@ -63,11 +64,6 @@ class Box:
         m = self.map = tensor_map
         if m.interleave != Interleave.NONE:
             raise Unsupported(f"tensor map with interleaved layout {m.interleave.name}: not modelled")
-        if m.row_bytes < m.swizzle.span:
-            raise Unsupported(
-                f"tensor map whose box is {m.row_bytes} bytes wide with swizzle {m.swizzle.name}: the hardware spreads such "
-                "rows (an H200 wrote beyond their bytes), which is not modelled; make the box as wide as the swizzle"
-            )
         counts = m.box_counts if rows is None else (m.box[0], rows)
         self._counts = (m.box[0], *counts[1:]) if rows is None else (m.box[0], 1)
         self.rows = tuple(counts[:0:-1])
@@ -78,6 +74,7 @@ class Box:
         for count in self.rows:
             self.num_bytes *= count
         self._steps = m.element_strides
+        self._swizzle = m.swizzle
         self._rounds = m.dtype in ("tf32", "tf32_ftz")
 
     def clip(self, coordinates: list[int], store: bool = False) -> Clip | None:
@@ -139,13 +136,13 @@ class Box:
             box = self._filled()
         else:
             inside = np.ndarray(clip.shape, np.uint8, data, start, clip.strides)
+            if self._rounds:
+                inside = _to_tf32(inside)
             if clip.slices is None:
                 box = np.ascontiguousarray(inside)
             else:
                 box = self._filled()
                 box[clip.slices] = inside
-        if self._rounds:
-            return _to_tf32(box).reshape(-1)
         return self._padded(box) if self._shared_row != self.row_bytes else box.reshape(-1)
 
     def scatter(self, clip: Clip, box: Bytes, data: Bytes, start: int) -> None:
@@ -164,12 +161,38 @@ class Box:
         size = parallel.itemsize
         return np.ndarray(clip.shape, parallel.dtype, parallel, start * size, tuple(s * size for s in clip.strides))
 
+    def chunks(self, offset: int) -> npt.NDArray[np.int64] | None:
+        """The 16-byte chunks of shared memory that a box at `offset` covers; None if they are all from there on, in a row.
+
+        Swizzled rows lie as far apart as the swizzle is wide.
+        """
+        if self._swizzle is Swizzle.NONE or self._shared_row == self._swizzle.span:
+            return None
+        return self._places(offset)[0].astype(np.int64) + offset // 16
+
+    def put(self, shared: Bytes, offset: int, data: Bytes) -> None:
+        """Writes an unswizzled box to shared memory at an offset that is a multiple of 128."""
+        if self._swizzle is Swizzle.NONE:
+            shared[offset : offset + self.num_bytes] = data
+            return
+        places, chunks = self._places(offset)
+        shared[offset : offset + 16 * chunks].view(CHUNK)[places] = data.view(CHUNK)
+
+    def get(self, shared: Bytes, offset: int) -> Bytes:
+        """Reads an unswizzled box from shared memory: a copy."""
+        if self._swizzle is Swizzle.NONE:
+            return shared[offset : offset + self.num_bytes].copy()
+        places, chunks = self._places(offset)
+        return shared[offset : offset + 16 * chunks].view(CHUNK)[places].view(np.uint8)
+
+    def _places(self, offset: int) -> tuple[npt.NDArray[np.intp], int]:
+        return _places(self._swizzle, offset & 1023, self.num_bytes // self._shared_row, self._shared_row)
+
     def _filled(self) -> Bytes:
         shape = (*self.rows, self.row_bytes)
         if self.map.oob_fill == OobFill.ZERO:
             return np.zeros(shape, np.uint8)
-        item = np.frombuffer(_NAN[self._bits].to_bytes(self._bits // 8, "little"), np.uint8)
-        return np.tile(item, (*self.rows, self.row_bytes // len(item)))
+        return np.tile(_NAN, (*self.rows, self.row_bytes // 2))
 
     def _padded(self, box: Bytes) -> Bytes:
         """16 elements to 16 bytes: the packed values first, then padding."""
@@ -199,33 +222,12 @@ def _to_tf32(box: Bytes) -> Bytes:
 
 
 @lru_cache(maxsize=512)
-def _permutation(swizzle: Swizzle, phase: int, chunks: int) -> tuple[npt.NDArray[np.intp], int]:
-    at = phase + 16 * np.arange(chunks, dtype=np.int64)
-    moved = (swizzle_offset(at, swizzle) - phase) // 16
-    moved = moved.astype(np.intp)
+def _places(swizzle: Swizzle, phase: int, rows: int, row: int) -> tuple[npt.NDArray[np.intp], int]:
+    """Where each 16-byte chunk of a box lies, counted from the box's start, and how many chunks the box spans."""
+    pitch = max(row, swizzle.span)
+    at = phase + np.add.outer(pitch * np.arange(rows, dtype=np.int64), np.arange(0, row, 16, dtype=np.int64)).reshape(
+        -1
+    )
+    moved = ((swizzle_offset(at, swizzle) - phase) // 16).astype(np.intp)
     moved.flags.writeable = False
-    return moved, int(moved.max()) + 1
-
-
-def shared_bytes(swizzle: Swizzle, offset: int, num_bytes: int) -> int:
-    """Bytes of shared memory from `offset` on that a swizzled box touches; more than it has if rows end off a pattern."""
-    if swizzle is Swizzle.NONE:
-        return num_bytes
-    return 16 * max(_permutation(swizzle, offset & 1023, num_bytes // 16)[1], num_bytes // 16)
-
-
-def put(shared: Bytes, offset: int, box: Bytes, swizzle: Swizzle) -> None:
-    """Writes an unswizzled box to shared memory at an offset that is a multiple of 128."""
-    if swizzle is Swizzle.NONE:
-        shared[offset : offset + len(box)] = box
-        return
-    moved, extent = _permutation(swizzle, offset & 1023, len(box) // 16)
-    shared[offset : offset + 16 * extent].view(CHUNK)[moved] = box.view(CHUNK)
-
-
-def get(shared: Bytes, offset: int, num_bytes: int, swizzle: Swizzle) -> Bytes:
-    """Reads an unswizzled box from shared memory: a copy."""
-    if swizzle is Swizzle.NONE:
-        return shared[offset : offset + num_bytes].copy()
-    moved, extent = _permutation(swizzle, offset & 1023, num_bytes // 16)
-    return shared[offset : offset + 16 * extent].view(CHUNK)[moved].view(np.uint8)
+    return moved, max(int(moved.max()) + 1, rows * pitch // 16)

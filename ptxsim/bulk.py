@@ -314,8 +314,6 @@ def _load(w: "Warp", form: _Form, dst: int, address: int, at: list[int], mbar: i
     issue = w.issue(LOAD_AGENT)
     side.check_readable(w, issue)
     machine = w.machine
-    swizzle = box.map.swizzle
-    extent = boxes.shared_bytes(swizzle, targets[0].offset, box.num_bytes)
     counters = machine.counters
     counters["tma_loads"] += 1
     counters["tma_load_bytes"] += box.num_bytes * len(targets)
@@ -324,12 +322,19 @@ def _load(w: "Warp", form: _Form, dst: int, address: int, at: list[int], mbar: i
 
     for target in targets:
         smem = target.cta.smem
-        smem.begin_async_write(issue, target.offset, extent)
+        chunks = box.chunks(target.offset)
+        if chunks is None:
+            smem.begin_async_write(issue, target.offset, box.num_bytes)
+        else:
+            smem.begin_async_write_lanes(issue, chunks * 16, 16)
 
-        def complete(target: _Target = target) -> None:
+        def complete(target: _Target = target, chunks: Any = chunks) -> None:
             memory = target.cta.smem
-            boxes.put(memory.data, target.offset, side.gather(), swizzle)
-            memory.end_async_write(issue, target.offset, extent)
+            box.put(memory.data, target.offset, side.gather())
+            if chunks is None:
+                memory.end_async_write(issue, target.offset, box.num_bytes)
+            else:
+                memory.end_async_write_lanes(issue, chunks * 16, 16)
             target.barrier.complete_tx(machine.found, box.num_bytes, issue.clock)
 
         what = f"tensor load of box {box.map.box} at {at} to CTA {target.cta.index} offset {target.offset:#x}"
@@ -393,9 +398,12 @@ def _store(w: "Warp", form: _Form, lanes: int, address: int, at: list[int], src:
     side = _Global(w, box, _clips(box, form, at))
     side.check_writable(w)
     issue = w.issue(STORE_AGENT)
-    machine, smem, swizzle = w.machine, w.cta.smem, box.map.swizzle
-    extent = boxes.shared_bytes(swizzle, offset, box.num_bytes)
-    smem.check_async_read(issue, offset, extent)
+    machine, smem = w.machine, w.cta.smem
+    chunks = box.chunks(offset)
+    if chunks is None:
+        smem.check_async_read(issue, offset, box.num_bytes)
+    else:
+        smem.check_async_read_chunks(issue, chunks)
     groups = _bulk_groups(w)
     operation = groups.add(w, lanes, issue)
     machine.counters["tma_stores"] += 1
@@ -403,8 +411,11 @@ def _store(w: "Warp", form: _Form, lanes: int, address: int, at: list[int], src:
     combine = _combiner(form.operation, dtype)
 
     def complete() -> None:
-        smem.recheck_async_read(issue, offset, extent)
-        data = boxes.get(smem.data, offset, box.num_bytes, swizzle)
+        if chunks is None:
+            smem.recheck_async_read(issue, offset, box.num_bytes)
+        else:
+            smem.recheck_async_read_chunks(issue, chunks)
+        data = box.get(smem.data, offset)
         for part, clip, buffer, start, piece in side.parts(data):
             _write_global(w, part, clip, buffer, start, piece, combine)
         groups.finish(operation)

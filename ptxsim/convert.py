@@ -2,8 +2,7 @@
 
 Source: PTX ISA, "Data Movement and Conversion Instructions: cvt, cvt.pack"; element formats: OCP Microscaling Formats (MX)
 Specification 1.0. Packed results hold the first source in the upper half. Not pinned by silicon: `.ue8m0x2` of a negative
-number (its magnitude is converted here), NaN payloads of the widening bf16 to f32 (kept). Stochastic rounding (.rs) is
-refused.
+number (its magnitude is converted here) and what bf16 makes of an f64 NaN. Stochastic rounding (.rs) is refused.
 """
 
 import functools
@@ -22,6 +21,7 @@ from ptxsim.floats import (
     F64,
     TYPES,
     Array,
+    FloatType,
     directed,
     elements,
     encode,
@@ -294,7 +294,12 @@ def _narrow_bits(value: Value, name: str, m: Modifiers) -> Array:
     elif name == "bf16":
         out, inf, sign, nan_bits = round_bits(bits, 16, m.rounding) >> np.uint32(16), 0x7F80, 0x8000, 0x7FFF
     else:
-        out, inf, sign, nan_bits = round_bits(bits, 13, m.rounding), 0x7F800000, 0x80000000, 0x7FFFFFFF
+        # An H200 cuts NaNs short with .rna (some become infinities), and steps down from them with .satfinite.
+        out = np.where(nan, round_bits(bits, 13, "rz"), round_bits(bits, 13, m.rounding))
+        if m.rounding == "rna":
+            special = out & np.uint32(0x7F800000) == np.uint32(0x7F800000)
+            return np.where(special, out - np.uint32(1 << 13), out) if m.satfinite else out
+        inf, sign, nan_bits = 0x7F800000, 0x80000000, 0x7FFFE000
     if m.satfinite:
         largest = inf - (1 << 13 if name == "tf32" else 1)
         out = np.where(out & np.uint32(sign - 1) == np.uint32(inf), out & np.uint32(sign) | np.uint32(largest), out)
@@ -369,16 +374,30 @@ def _float_to_float(ins: Instruction, r: Reader, m: Modifiers, dtype: str, atype
     if source is BF16 and t is F32 and not m.ftz and not m.sat:
         return pure("{0} << 16", dst, srcs)
     if source is F16 and t is F32 and not m.ftz and not m.sat:
-        return Pure(
-            lambda a: _to_register(_single_table()[a]) if a.__class__ is not int else int(_single_table()[a]), dst, srcs
-        )
+        singles = _single_table()
+        return Pure(lambda a: int(singles[a]) if a.__class__ is int else singles[a], dst, srcs)
 
     def fn(a: Value) -> Value:
         x = load(a, source, m.ftz and source is F32)
         bits = encode(np.copysign(integral(x), x) if integral else x, t, "rn" if integral else m.rounding or "rn")
+        if DOUBLE in (t, source):
+            bits = _double_nans(bits, elements(a, source), t, source)
         return registers(finish(bits, t, m.ftz and t is F32, clamp), t)
 
     return Pure(fn, dst, srcs)
+
+
+def _double_nans(bits: Array, given: Array, t: FloatType, source: FloatType) -> Array:
+    """Results with NaNs as an H200 converts them: f64 keeps sign and payload, f64 sources keep the sign."""
+    nan = (given & source.dtype(source.sign - 1)) > source.dtype(source.inf)
+    if b"\1" not in nan.tobytes():
+        return bits
+    sign = (given >> source.dtype(source.element - 1)).astype(t.dtype) << t.dtype(t.element - 1)
+    quiet = t.dtype(t.inf | 1 << t.mantissa - 1)
+    if t is DOUBLE:
+        payload = (given & source.dtype((1 << source.mantissa) - 1)).astype(np.uint64)
+        return np.where(nan, sign | quiet | payload << np.uint64(52 - source.mantissa), bits)
+    return np.where(nan, sign | quiet, bits)
 
 
 @functools.cache

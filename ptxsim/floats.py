@@ -4,9 +4,9 @@ Every result is the exact one rounded once. Sums and fused products go through f
 bit), after which one more rounding to a much shorter format is exact. Callers run under `np.errstate(all="ignore")`.
 
 Source: PTX ISA, sections "Floating-Point Instructions", "Half Precision ...", "Mixed Precision ...". NaN results are
-0x7fffffff (f32), 0x7fff (f16, bf16) and 0x7ff8000000000000 (f64). Not pinned by silicon: the last bits of the `.approx`
-functions (here the float64 result rounded once; hardware is within a few units) and the payload of NaNs that `neg` and `abs`
-pass on.
+0x7fffffff (f32) and 0x7fff (f16, bf16), also those of `neg` and `abs`; f64 passes an operand's NaN on, made quiet. Not pinned
+by silicon: the last bits of the `.approx` functions (here the float64 result rounded once; hardware is within a few units),
+and which of two NaNs f64 sums and products pass on (the first one here).
 """
 
 import math
@@ -76,7 +76,7 @@ TYPES = {
         FloatType("f16", 16, 16, 1, 10, 0x7FFF),
         FloatType("bf16", 16, 16, 1, 7, 0x7FFF),
         FloatType("f32", 32, 32, 1, 23, 0x7FFFFFFF),
-        FloatType("f64", 64, 64, 1, 52, 0x7FF8 << 48),
+        FloatType("f64", 64, 64, 1, 52, 0xFFF8 << 48),
         FloatType("f16x2", 32, 16, 2, 10, 0x7FFF),
         FloatType("bf16x2", 32, 16, 2, 7, 0x7FFF),
         FloatType("f32x2", 64, 32, 2, 23, 0x7FFFFFFF),
@@ -218,6 +218,19 @@ def encode(x: F64, t: FloatType, mode: str = "rn") -> Array:
         near = np.copysign(directed(x.astype(kind), x, mode), x.astype(kind)) if mode != "rn" else x.astype(kind)
         bits = near.view(t.dtype)
     return np.where(nan, t.dtype(t.nan), bits) if b"\1" in nan.tobytes() else bits
+
+
+QUIET = np.uint64(1 << 51)
+
+
+def propagated(bits: Array, *operands: F64) -> Array:
+    """f64 results with the NaNs that operands pass on, the first NaN operand first."""
+    nan = numbers(bits, DOUBLE) != numbers(bits, DOUBLE)
+    if b"\1" not in nan.tobytes():
+        return bits
+    for operand in reversed(operands):
+        bits = np.where(nan & (operand != operand), operand.view(np.uint64) | QUIET, bits)
+    return bits
 
 
 # ------------------------------------------------------------------------------------------------------------ f32, the fast
@@ -382,7 +395,14 @@ def _function(
     def fn(*srcs: Value) -> Value:
         return store(compute(*(load(v, s, ftz) for v, s in zip(srcs, ins_types, strict=True))), t, mode, ftz, clamp)
 
-    return fn
+    def double(*srcs: Value) -> Value:
+        operands = [load(v, t) for v in srcs]
+        bits = encode(compute(*operands), t)
+        # An H200's DFMA prefers the NaN of b to that of c, and that of c to that of a.
+        order = (1, 2, 0) if op == "fma" else (0, 1)
+        return registers(propagated(bits, *(operands[i] for i in order)), t)
+
+    return double if t is DOUBLE else fn
 
 
 @decoder("fma")
@@ -470,8 +490,14 @@ def decode_function(ins: Instruction) -> Pure:
     compute = _FUNCTIONS[op]
     if t is DOUBLE and mode in ("rz", "rm", "rp"):
         compute = _lane_by_lane(_directed_function(op, mode))
-    # Subnormal bf16 numbers are flushed on the way in and out.
-    return Pure(lambda a: store(compute(load(a, t, ftz)), t, rounding, ftz), (register(ins),), sources(ins, 1, t.bits))
+
+    def fn(a: Value) -> Value:
+        x = load(a, t, ftz)
+        if t is DOUBLE:
+            return registers(finish(propagated(encode(compute(x), t), x), t, ftz, ""), t)
+        return store(compute(x), t, rounding, ftz)
+
+    return Pure(fn, (register(ins),), sources(ins, 1, t.bits))
 
 
 def _directed_function(op: str, mode: str) -> Callable[[float], float]:
@@ -501,20 +527,28 @@ def decode_copysign(ins: Instruction) -> Pure:
 
 
 def decode_sign(ins: Instruction) -> Pure:
-    """`neg` and `abs` on floating-point types: the sign bit alone, after flushing with .ftz."""
+    """`neg` and `abs` on floating-point types; NaNs come out as from any arithmetic (so did an H200)."""
     r = Reader(ins)
     ftz = r.take("ftz")
     t = TYPES[r.one_of(*(name for name in TYPES if name != "f32x2"))]
     r.end(2)
     if ftz and t.name not in ("f32", "f16", "f16x2"):
         raise Unsupported(f"{r.where}: .ftz does not go with .{t.name}")
-    sign = t.sign * t.every
-    srcs = sources(ins, 1, t.bits)
-    expression = f"{{0}} ^ {sign}" if ins.parts[0] == "neg" else f"{{0}} & {(1 << t.bits) - 1 - sign}"
-    if not ftz:
-        return pure(expression, (register(ins),), srcs)
-    NAMES.setdefault(f"flushed_{t.name}", lambda a: registers(flush(elements(a, t), t), t))
-    return pure(expression.replace("{0}", f"flushed_{t.name}({{0}})"), (register(ins),), srcs)
+    sign = t.dtype(t.sign)
+    negate = ins.parts[0] == "neg"
+
+    def fn(a: Value) -> Value:
+        bits = elements(a, t)
+        x = numbers(bits, t)
+        nan = x != x
+        if ftz:
+            bits = flush(bits, t)
+        result = bits ^ sign if negate else bits & ~sign
+        if b"\1" in nan.tobytes():
+            result = np.where(nan, bits | QUIET if t is DOUBLE else t.dtype(t.nan), result)
+        return registers(result, t)
+
+    return Pure(fn, (register(ins),), sources(ins, 1, t.bits))
 
 
 # ------------------------------------------------------------------------------------------------------------- min and max
@@ -528,7 +562,9 @@ def larger(a: Array, b: Array, t: FloatType, largest: bool, nan: bool) -> Array:
     bits = np.where((x > y if largest else x < y) | y_nan, a, b)
     bits = np.where(x == y, a & b if largest else a | b, bits)
     lost = x_nan | y_nan if nan else x_nan & y_nan
-    return np.where(lost, t.dtype(t.nan), bits) if b"\1" in lost.tobytes() else bits
+    if b"\1" not in lost.tobytes():
+        return bits
+    return np.where(lost, a | QUIET if t.element == 64 else t.dtype(t.nan), bits)
 
 
 def _quick_extreme(largest: bool, nan: bool) -> Callable[..., Value]:

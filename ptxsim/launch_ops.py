@@ -203,4 +203,4 @@ def query_cancel(ins: Instruction) -> Effect:
 def _each(value: Value, function: Any) -> Any:
     if value.__class__ is int:
         return function(value)
-    return np.array([function(int(v)) for v in value], np.uint32)  # type: ignore[union-attr]
+    return np.array([function(int(v)) for v in value], np.uint32)

@@ -223,7 +223,11 @@ def decode_prmt(ins: Instruction) -> Pure:
 @helper
 def bit_field(value: Value, start: Value, length: Value, width: int, signed: bool) -> Value:
     """`bfe` on lanes."""
-    first, count = lanes64(start) & np.uint64(255), lanes64(length) & np.uint64(255)
+    if width == 64:
+        # Beyond the documented range of 0..255 an H200 takes positions and lengths as large ones.
+        first, count = np.minimum(lanes64(start), np.uint64(255)), np.minimum(lanes64(length), np.uint64(255))
+    else:
+        first, count = lanes64(start) & np.uint64(255), lanes64(length) & np.uint64(255)
     lanes = lanes64(value)
     field = lanes >> first & ((np.uint64(1) << count) - np.uint64(1))
     if signed:
@@ -247,7 +251,8 @@ def decode_bfe(ins: Instruction) -> Pure:
     slow = f"bit_field({{0}}, {{1}}, {{2}}, {width}, {signed})"
     if signed:
         return Pure(lambda a, b, c: same_form(bit_field(a, b, c, width, True), a, b, c), (register(ins),), srcs)
-    fast = "{0} >> ({1} & 255) & (1 << ({2} & 255)) - 1"
+    first, count = ("min({1}, 255)", "min({2}, 255)") if width == 64 else ("({1} & 255)", "({2} & 255)")
+    fast = f"{{0}} >> {first} & (1 << {count}) - 1"
     return pure(guarded(fast, slow, srcs), (register(ins),), srcs)
 
 

@@ -671,7 +671,9 @@ class Machine:
         """Runs the launch to its end, or to the finding behind which nothing can be trusted."""
         try:
             self._start_clusters()
-            self._loop()
+            # Infinities and NaNs are values like others here; a warning for each would cost more than the arithmetic.
+            with np.errstate(all="ignore"):
+                self._loop()
             if self._wants_outputs:
                 self._check_outputs()
         except Stop:

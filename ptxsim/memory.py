@@ -5,8 +5,7 @@ checked: bytes read before anything wrote them, writes to read-only buffers, out
 generic-proxy accesses of warps of one cluster, conflicting accesses that nothing orders.
 
 Not looked for: conflicts between clusters (only flags in memory order those, through chains that cannot be followed here),
-conflicts of copies by the asynchronous units, and conflicts with writes of different size than the access that finds them
-where no lane's access begins inside the earlier one.
+plain stores over what another warp only read, and conflicts of generic accesses with what the asynchronous units write.
 """
 
 import ctypes

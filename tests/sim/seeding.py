@@ -144,6 +144,62 @@ Edit = Callable[[Text], None]
 """Changes the text of a kernel."""
 
 
+# ---- edits ----------------------------------------------------------------------------------------------------------
+
+
+def drop(pattern: str, at: int = 0, of: int = 1) -> Edit:
+    """An instruction is missing: match number `at` among `of`."""
+    return lambda t: t.drop(t.one(pattern, at, of))
+
+
+def drop_all(pattern: str, of: int) -> Edit:
+    """All `of` instructions of a kind are missing."""
+    return lambda t: t.drop(*t.find(pattern, of))
+
+
+def replaced(pattern: str, at: int, of: int, old: str, new: str) -> Edit:
+    """An instruction has something else in one place."""
+    return lambda t: t.change(t.one(pattern, at, of), old, new)
+
+
+def change_all(pattern: str, of: int, old: str, new: str) -> Edit:
+    """All instructions of a kind have."""
+
+    def edit(t: Text) -> None:
+        for line in t.find(pattern, of):
+            t.change(line, old, new)
+
+    return edit
+
+
+def drop_wait(at: int, of: int) -> Edit:
+    """A wait on an mbarrier is missing."""
+    return lambda t: t.drop_wait(t.waits(of=of)[at])
+
+
+def half_a_warp(pattern: str, at: int = 0, of: int = 1) -> Edit:
+    """An instruction is executed by the upper half of each warp alone."""
+
+    def edit(t: Text) -> None:
+        line = t.one(pattern, at, of)
+        t.lines[line] = (
+            "{ .reg .pred HALF; .reg .b32 LANE; mov.u32 LANE, %laneid; setp.lt.u32 HALF, LANE, 16; "
+            f"@HALF bra PAST; {t.lines[line].strip()} PAST: }}"
+        )
+
+    return edit
+
+
+def every_lane(pattern: str, at: int = 0, of: int = 1) -> Edit:
+    """The branch around an instruction, which kept all lanes or warps but one out, is missing."""
+
+    def edit(t: Text) -> None:
+        line = t.one(pattern, at, of)
+        t.drop(max(i for i in t.find(r"@!?%p\d+ bra\b") if i < line))
+
+    return edit
+
+
 # ---- what is seeded -------------------------------------------------------------------------------------------------
 
 

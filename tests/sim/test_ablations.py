@@ -6,7 +6,7 @@ believes without evidence.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,6 @@ class Ablation:
     noticed: tuple[str, ...] = ()
     unnoticed: tuple[str, ...] = ()
     policy: str = "eager"
-    known: bool = field(default=True)
 
 
 def _forget() -> None:

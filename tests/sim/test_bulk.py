@@ -15,6 +15,7 @@ INIT = """
 bar.sync 0;
 """
 BASE = 0x400  # where %sm points
+EMPTY = 0xFF  # shared memory that nothing wrote
 
 
 def bytes_of(seed, n):
@@ -127,13 +128,21 @@ SHAPES = [
     ("u32", (16, 3, 3, 2, 2), (8, 2, 2, 2, 2), (4, 1, 1, 0, 0), {}),
     ("b4x16", (512, 16), (256, 8), (256, 4), {"swizzle": Swizzle.B128}),
     ("b4x16", (512, 16), (128, 8), (448, 12), {"swizzle": Swizzle.B64}),
+    ("u16", (128, 24), (48, 8), (16, 3), {"swizzle": Swizzle.B128}),
+    ("u16", (128, 24), (8, 8), (16, 3), {"swizzle": Swizzle.B32}),
 ]
+
+
+def spread_rows(m, size):
+    """Offset of each byte of a box before the swizzle: rows lie as far apart as the swizzle is wide."""
+    at = np.arange(size)
+    return at if not m.swizzle else at // m.row_bytes * m.swizzle.span + at % m.row_bytes
 
 
 def swizzled(m, box, offset):
     """Shared memory from `offset` on after the box was put there, by single bytes; and which bytes were written."""
-    places = swizzle_offset(BASE + offset + np.arange(len(box)), m.swizzle) - BASE - offset
-    out = np.zeros(places.max() + 1, np.uint8)
+    places = swizzle_offset(BASE + offset + spread_rows(m, len(box)), m.swizzle) - BASE - offset
+    out = np.full(-(-(places.max() + 1) // 128) * 128, EMPTY, np.uint8)
     out[places] = box
     return out
 
@@ -148,7 +157,9 @@ def test_tensor_load(dtype, dims, box, at, options, policy):
         want = swizzled(m, expected_box(m, source, at), offset)
         out = aligned(np.zeros(len(want), np.uint8))
         body = INIT + load_text(m, at, offset) + dump(len(want), offset)
-        report = clean(body, [out, source], [m], policy=policy)
+        report = run(body, [out, source], [m], policy=policy)
+        # Rows narrower than the swizzle leave gaps, which the dump reads.
+        assert report.codes() <= ({"uninitialised-read"} if m.row_bytes < m.swizzle.span else set())
         assert (out == want).all()
         assert report.counters["tma_load_bytes"] == m.box_bytes
 
@@ -158,9 +169,9 @@ def test_nan_fill():
     m = row_major(source, "f16", (64, 8), (16, 4), oob_fill=OobFill.NAN)
     out = aligned(np.zeros(128, np.uint8))
     clean(INIT + load_text(m, (56, 7)) + dump(128), [out, source], [m])
-    values = out.view(np.float16).reshape(4, 16)
-    assert np.isnan(values[0, 8:]).all()
-    assert np.isnan(values[1:]).all()
+    values = out.view(np.uint16).reshape(4, 16)
+    assert (values[0, 8:] == 0x7FF7).all()
+    assert (values[1:] == 0x7FF7).all()
     assert not values[0, :8].any()
 
 
@@ -169,14 +180,14 @@ def test_nan_fill():
 def test_tensor_store(dtype, dims, box, at, options, policy):
     target = bytes_of(2, int(np.prod(dims)) * 8)
     m = row_major(target, dtype, dims, box, **options)
-    source = bytes_of(3, m.box_bytes)
+    source = bytes_of(3, 4 * m.box_bytes)
     want = target.copy()
     places = walk(m, at, 16)
-    unswizzled = source[swizzle_offset(BASE + 1024 + np.arange(m.box_bytes), m.swizzle) - BASE - 1024]
+    unswizzled = source[swizzle_offset(BASE + 1024 + spread_rows(m, m.box_bytes), m.swizzle) - BASE - 1024]
     want[places[:, 1] - target.ctypes.data] = unswizzled[places[:, 0]]
     moves, vector = coordinates(at)
     body = f"""
-    {fill(m.box_bytes)}
+    {fill(4 * m.box_bytes)}
     {moves}
     fence.proxy.async.shared::cta;
     bar.sync 0;
@@ -197,13 +208,6 @@ def test_coordinates_that_the_hardware_refuses():
     clean(INIT + load_text(m, (-16, 0)), memory, [m])
     text = store_text().replace("mov.b32 %r2, 0;", "mov.b32 %r2, -16;")
     assert codes(text, memory, [row_major(memory[0], "u8", (64, 16), (64, 16))]) == {"bad-value"}
-
-
-def test_boxes_narrower_than_the_swizzle_are_refused():
-    source = bytes_of(1, 1024)
-    m = row_major(source, "u8", (64, 16), (32, 16), swizzle=Swizzle.B64)
-    with pytest.raises(Unsupported):
-        run(INIT + load_text(m, (0, 0)), [source, source], [m])
 
 
 def test_tf32_is_rounded_by_loads_only():

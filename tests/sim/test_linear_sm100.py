@@ -12,7 +12,7 @@ from cutedsl import compile as compiler
 from cutedsl.kernels import linear_sm100
 from cutedsl.kernels.blackwell import ARCHS
 from cutedsl.kernels.linear_sm100 import Config, Shape, choose_config, largest_config
-from cutedsl.layout import swizzle_block_scale
+from cutedsl.layout import swizzle_block_scale, unswizzle_block_scale
 from cutedsl.quantize import quantize_activation, quantize_weight
 from cutedsl.reference.linear import PackedMatrix, ScaleGroup
 from cutedsl.reference.linear import linear_fp32 as reference_fp32
@@ -74,7 +74,11 @@ def assert_matches(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def simulate(config: Config, m: int, n: int, k: int, clusters: int, policy: str, seed: int) -> ptxsim.Report:
-    problem = make_problem(m, n, k)
+    return run(config, make_problem(m, n, k), clusters, policy, seed)
+
+
+def run(config: Config, problem: Problem, clusters: int, policy: str, seed: int) -> ptxsim.Report:
+    m, n = problem.expected.shape
     guarded = torch.full((m + 2, n), CANARY, dtype=torch.bfloat16)
     d = guarded[1:-1]
     d.fill_(float("nan"))
@@ -119,6 +123,39 @@ def test_fewest_stages(matrix) -> None:
         return simulate(config, m, 264, 1312, 2, policy, seed)
 
     matrix(case, seeds=(0, 1, 2), m=(7, 129))
+
+
+def test_padding_of_scales_is_ignored(matrix) -> None:
+    # 7 of 128 rows and 6 of 8 columns are scales; a kernel that quantizes may leave anything finite in the rest.
+    problem = make_problem(7, 136, 96)
+    sizes = {"sfa": 7, "sfb": 136}
+    padded = {
+        name: swizzle_block_scale(unswizzled_with(getattr(problem, name), rows, 6, 448.0))
+        for name, rows in sizes.items()
+    }
+
+    def case(policy: str, seed: int, tile_n: int) -> ptxsim.Report:
+        return run(largest_config(tile_n, ARCHS["sm_100a"]), problem._replace(**padded), 1, policy, seed)
+
+    matrix(case, tile_n=linear_sm100.TILES_N)
+
+
+def unswizzled_with(swizzled: torch.Tensor, rows: int, columns: int, padding: float) -> torch.Tensor:
+    """All padded rows and columns, unswizzled, with another value in the padding."""
+    scale = torch.full(swizzled.shape, padding).to(swizzled.dtype)
+    scale[:rows, :columns] = unswizzle_block_scale(swizzled, rows, columns)
+    return scale
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tile_n", linear_sm100.TILES_N)
+def test_all_sizes(matrix, tile_n: int) -> None:
+    config = largest_config(tile_n, ARCHS["sm_100a"])
+
+    def case(policy: str, seed: int, m: int, n: int, k: int) -> ptxsim.Report:
+        return simulate(config, m, n, k, 1 + (m + n + k // 32) % 4, policy, seed)
+
+    matrix(case, seeds=(0, 1, 2), m=(1, 7, 64, 129, 300), n=(8, 136, 576), k=(64, 96, 256, 320, 512, 1536))
 
 
 @pytest.mark.full

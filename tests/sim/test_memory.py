@@ -37,8 +37,10 @@ class World:
 
     def __init__(self, num_bytes=BASE + 8192):
         self.codes, self.messages = [], []
-        self.cluster = SimpleNamespace(index=0, state={}, ctas=[])
-        self.cta = SimpleNamespace(cluster=self.cluster, machine=self, index=0, rank=0, first_thread=0, warps=[])
+        self.cluster = SimpleNamespace(index=0, state={}, ctas=[], size=1)
+        self.cta = SimpleNamespace(
+            cluster=self.cluster, machine=self, index=0, rank=0, first_thread=0, warps=[], num_warps=4
+        )
         self.cluster.ctas.append(self.cta)
         self.cta.warps = [Warp(self, thread) for thread in range(4)]
         self.warps = self.cta.warps

@@ -600,6 +600,18 @@ def test_f32_add_of_subnormals_and_nan(space, expected):
     assert [hex(x) for x in cells] == [hex(x) for x in expected]
 
 
+def test_f64_add_of_nan():
+    inf, minus, quiet, signalling = 0x7FF0000000000000, 0xFFF0000000000000, 0xFFF8000000000012, 0x7FF0000000000034
+    cells = asm_kit.aligned(np.array([inf, 5, quiet, signalling, 0x3FF0000000000000], np.uint64))
+    values = asm_kit.aligned(np.array([minus, signalling, 5, 7, 0x3FF0000000000000], np.uint64))
+    asm_kit.clean(
+        f"""setp.lt.u32 %p1, %lane, 5; {own_address(8)} {own_address(8, "%g1", "%d1")}
+        @%p1 ld.global.b64 %d2, [%d1]; @%p1 red.global.add.f64 [%d0], %d2;""",
+        [cells, values],
+    )
+    assert cells.tolist() == [0xFFF8000000000000, 0x7FF8000000000034, quiet, 0x7FF8000000000034, 0x4000000000000000]
+
+
 def to_bf16(x):
     raw = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
     return ((raw + 0x7FFF + ((raw >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype(np.uint16)

@@ -23,6 +23,9 @@ E2M1 = np.concatenate([_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES])
 # FP32 accumulation of K terms errs by a few units of 2^-24 of the sum of magnitudes; 2^-20 leaves room for any order.
 ACCUMULATION = 2.0**-20
 
+# A scale for what pads a layout: 1 in E4M3, 2^-71 in UE8M0.
+PADDING = 0x38
+
 
 def _e4m3_table() -> Floats:
     codes = np.arange(256)
@@ -67,9 +70,12 @@ def unpack_e2m1(packed: Bytes) -> Bytes:
 
 
 def to_blocked(scales: Bytes) -> Bytes:
-    """Scales [rows, columns] in the 128x4 layout, padded with zeros: [row blocks, column blocks, 32, 4, 4]."""
+    """Scales [rows, columns] in the 128x4 layout: [row blocks, column blocks, 32, 4, 4].
+
+    Padding is not zero, since a kernel must not depend on it: elements beyond the end are zero.
+    """
     rows, columns = -(-scales.shape[0] // 128), -(-scales.shape[1] // 4)
-    padded = np.zeros((rows * 128, columns * 4), np.uint8)
+    padded = np.full((rows * 128, columns * 4), PADDING, np.uint8)
     padded[: scales.shape[0], : scales.shape[1]] = scales
     blocked = padded.reshape(rows, 4, 32, columns, 4).transpose(0, 3, 2, 1, 4)
     return np.ascontiguousarray(blocked)

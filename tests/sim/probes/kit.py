@@ -106,8 +106,10 @@ class Case:
     is_async: bool = False  # has copies in flight: run it under every scheduling policy
     rtol: float = 0.0  # relative error allowed to approximate instructions; 0 means bit for bit
     atol: float = 0.0
+    fails: str = ""  # the error with which the GPU ends the launch
+    finding: str = ""  # what the simulator must report; then no outputs are compared
     note: str = ""
-    compared: bool = True  # False: undefined by the PTX ISA or not modelled; recorded only
+    compared: bool = True  # False: undefined by the PTX ISA or not modelled; recorded only, `note` says why
 
     def ptx_sha256(self) -> str:
         return hashlib.sha256(self.ptx.encode()).hexdigest()

@@ -35,10 +35,19 @@ def tensor_bytes(tensor: TensorMap) -> int:
     return (tensor.strides[-1] * tensor.dims[-1]) if tensor.strides else tensor.dims[0] * ELEMENT_BYTES[tensor.dtype]
 
 
+def rows(tensor: TensorMap) -> int:
+    return prod(-(-b // s) for b, s in zip(tensor.box[1:], tensor.steps()[1:], strict=True))
+
+
 def box_bytes(tensor: TensorMap) -> int:
-    """Bytes a box takes in shared memory. The step of dim 0 is ignored without interleave (CUDA driver API)."""
-    steps = (1, *tensor.steps()[1:])
-    return prod(-(-b // s) for b, s in zip(tensor.box, steps, strict=True)) * ELEMENT_BYTES[tensor.dtype]
+    """Bytes of a box. The step of dim 0 is ignored without interleave (CUDA driver API)."""
+    return tensor.box[0] * ELEMENT_BYTES[tensor.dtype] * rows(tensor)
+
+
+def footprint(tensor: TensorMap) -> int:
+    """Bytes from the first to the last byte of a box in shared memory: a swizzled row takes the whole swizzle width."""
+    row = tensor.box[0] * ELEMENT_BYTES[tensor.dtype]
+    return row * rows(tensor) if tensor.swizzle == "none" else SPAN[tensor.swizzle] * rows(tensor)
 
 
 def dense(dtype: str, dims: tuple[int, ...], box: tuple[int, ...], pad: int = 0, **options: Any) -> TensorMap:
@@ -70,11 +79,14 @@ def load(
     data: np.ndarray[Any, Any] | None = None,
     destination: str = "shared::cluster",
     hint: bool = False,
-    note: str = "",
+    expected: int = 0,
+    lanes: int = 1,
+    fails: str = "",
+    finding: str = "",
 ) -> Case:
     """Load one box over a filled shared memory and dump the surroundings too."""
-    size = box_bytes(tensor)
-    region = round_up(offset + size, 128) + 128
+    size = expected or box_bytes(tensor)
+    region = round_up(offset + footprint(tensor), 128) + 128
     moves, names = coordinates(at)
     policy = ", %d40" if hint else ""
     suffix = ".L2::cache_hint" if hint else ""
@@ -84,8 +96,9 @@ def load(
     {moves}
     add.u32 %r0, %smem, {TILE + offset};
     mov.b64 %d40, 0x1000000000000000;
+    {"setp.eq.b32 %p29, 0, 0;" if lanes == 32 else f"setp.lt.u32 %p29, %tix, {lanes};"}
     @%p30 mbarrier.arrive.expect_tx.shared.b64 _, [%smem], {size};
-    @%p30 cp.async.bulk.tensor.{len(at)}d.{destination}.global.tile.mbarrier::complete_tx::bytes{suffix} \
+    @%p29 cp.async.bulk.tensor.{len(at)}d.{destination}.global.tile.mbarrier::complete_tx::bytes{suffix} \
 [%r0], [%map0, {names}], [%smem]{policy};
     {wait_parity("%smem", 0)}
     {dump_shared("%ptr1", region, 32, TILE)}
@@ -100,7 +113,8 @@ def load(
         maps=(tensor,),
         shared_bytes=TILE + region,
         is_async=True,
-        note=note,
+        fails=fails,
+        finding=finding,
     )
 
 
@@ -120,6 +134,9 @@ def load_cases() -> Iterator[Case]:
         tensor = dense("u16", (128, 24), (inner // 2, 16), swizzle=swizzle)
         yield load(f"narrow{inner}_swizzle{swizzle}", tensor, (16, 2))
         yield load(f"narrow{inner}_swizzle{swizzle}_start128", tensor, (16, 2), offset=128)
+    # Barriers count the bytes of the box, not those that its rows are apart.
+    tensor = dense("u16", (128, 24), (32, 16), swizzle="128")
+    yield load("narrow64_swizzle128_full_count", tensor, (16, 2), expected=footprint(tensor), finding="deadlock")
     yield from out_of_bounds_cases()
     yield from rank_cases()
     yield from step_cases()
@@ -129,23 +146,47 @@ def load_cases() -> Iterator[Case]:
     ).view(np.uint8)
     for dtype in ("f32_ftz", "tf32", "tf32_ftz"):
         yield load(f"{dtype}_values", dense(dtype, (64, 16), (32, 8)), (0, 0), data=rounding)
+    ties = rounding.view(np.uint32) & np.uint32(0xFFFFE000) | np.uint32(0x1000)
+    ties[16:32] ^= np.uint32(1)  # just beside a tie
+    ties[:8] = [0x7F7FF000, 0x7F7FEFFF, 0xFF7FF000, 0x1000, 0x3000, 0x80001000, 0x7FF000, 0x7FD000]
+    yield load("tf32_ties", dense("tf32", (64, 16), (32, 8)), (0, 0), data=ties.view(np.uint8))
+    tensor = dense("u16", (128, 24), (32, 16))
+    for lanes in (4, 32):
+        yield load(f"by_{lanes}_lanes", tensor, (8, 2), lanes=lanes, expected=lanes * box_bytes(tensor))
     tensor = dense("bf16", (64, 16), (64, 8), swizzle="128", promotion="128")
     yield load("cache_hint", tensor, (0, 4), hint=True)
     yield load("shared_cta_destination", tensor, (0, 4), destination="shared::cta")
     yield load("shared_cta_destination_hint", tensor, (0, 4), destination="shared::cta", hint=True)
     padded = dense("u16", (40, 12), (64, 16), pad=16)
     yield load("box_larger_than_tensor", padded, (0, 0))
-    yield load("padded_rows", dense("u16", (40, 12), (32, 8), pad=16), (4, 2))
+    yield load("padded_rows", dense("u16", (40, 12), (32, 8), pad=16), (8, 2))
+    yield from refused_load_cases()
+
+
+# (arguments of Case): a first coordinate that is not at a multiple of 16 bytes, a negative one where a copy may have none,
+# and a shared address that is not a multiple of 128.
+OFF_CHUNK: dict[str, Any] = {"fails": "ILLEGAL_INSTRUCTION", "finding": "misaligned"}
+NEGATIVE: dict[str, Any] = {"fails": "ILLEGAL_INSTRUCTION", "finding": "bad-value"}
+OFF_ROW: dict[str, Any] = {"fails": "MISALIGNED_ADDRESS", "finding": "misaligned"}
+
+
+def refused_load_cases() -> Iterator[Case]:
+    tensor = dense("u16", (128, 24), (32, 16), swizzle="64")
+    yield load("refused_coordinate_inside", tensor, (4, 2), **OFF_CHUNK)
+    yield load("refused_coordinate_before", tensor, (-5, 2), **OFF_CHUNK)
+    yield load("refused_coordinate_outside", tensor, (4, 40), **OFF_CHUNK)
+    yield load("refused_destination_64", tensor, (16, 2), offset=64, **OFF_ROW)
+    yield load("refused_destination_64_unswizzled", dense("u8", (96, 8), (48, 8)), (16, 2), offset=64, **OFF_ROW)
 
 
 def out_of_bounds_cases() -> Iterator[Case]:
     places = {
-        "before": (-5, -3),
-        "past_end": (100, 20),
+        "before": (-8, -3),
+        "past_end": (104, 20),
         "corner": (-16, 20),
         "outside": (200, 40),
         "far_before": (-2000000000, 5),
-        "last_element": (127, 23),
+        "last_elements": (120, 23),
     }
     for name, at in places.items():
         yield load(f"oob_{name}", dense("u16", (128, 24), (32, 16), swizzle="64"), at)
@@ -153,10 +194,15 @@ def out_of_bounds_cases() -> Iterator[Case]:
         size = ELEMENT_BYTES[dtype]
         tensor = dense(dtype, (256 // size, 24), (64 // size, 8), oob_fill="nan")
         data = np.zeros(tensor_bytes(tensor), dtype=np.uint8)
-        yield load(f"oob_nan_{dtype}", tensor, (-3, 20), data=data)
-    yield load("oob_u8", dense("u8", (96, 8), (48, 8)), (70, -2))
-    yield load("oob_f32", dense("f32", (36, 9), (16, 4)), (27, 7))
-    yield load("oob_odd_dims_u8", dense("u8", (37, 5), (48, 8), pad=11), (0, 0))
+        yield load(f"oob_nan_{dtype}", tensor, (-16 // size, 20), data=data)
+    yield load("oob_u8", dense("u8", (96, 8), (48, 8)), (64, -2))
+    yield load("oob_f32", dense("f32", (36, 9), (16, 4)), (28, 7))
+    for at in ((0, 0), (16, 1), (32, -1), (48, 0), (-16, 2)):
+        place = "_".join(str(x).replace("-", "minus") for x in at)
+        yield load(f"oob_odd_dims_u8_at_{place}", dense("u8", (37, 5), (48, 8), pad=11), at)
+    yield load("oob_odd_dims_u16", dense("u16", (37, 5), (32, 4), pad=6, swizzle="64"), (16, 2))
+    yield load("oob_odd_dims_f32", dense("f32", (9, 5), (8, 4), pad=12), (4, 2))
+    yield load("oob_nan_odd_dims_bf16", dense("bf16", (37, 5), (32, 4), pad=6, swizzle="64", oob_fill="nan"), (16, 2))
 
 
 def rank_cases() -> Iterator[Case]:
@@ -166,10 +212,10 @@ def rank_cases() -> Iterator[Case]:
     yield load("rank1_f32", dense("f32", (300,), (256,)), (40,))
     yield load("rank3_u16", dense("u16", (32, 6, 5), (16, 4, 3)), (8, 1, 1))
     yield load("rank3_bf16_swizzle128_oob", dense("bf16", (64, 6, 5), (64, 4, 3), swizzle="128"), (0, 4, -1))
-    yield load("rank4_u8", dense("u8", (48, 4, 3, 3), (32, 2, 2, 2)), (8, 1, 1, 1))
-    yield load("rank4_u16_oob", dense("u16", (32, 4, 3, 3), (16, 3, 2, 2), swizzle="32"), (-4, 2, 2, -1))
+    yield load("rank4_u8", dense("u8", (48, 4, 3, 3), (32, 2, 2, 2)), (16, 1, 1, 1))
+    yield load("rank4_u16_oob", dense("u16", (32, 4, 3, 3), (16, 3, 2, 2), swizzle="32"), (-8, 2, 2, -1))
     yield load("rank5_u32", dense("u32", (16, 3, 3, 2, 2), (8, 2, 2, 2, 2)), (4, 1, 1, 0, 0))
-    yield load("rank5_u16_oob", dense("u16", (16, 3, 3, 2, 2), (16, 2, 2, 2, 2), swizzle="32"), (2, 2, -1, 1, -1))
+    yield load("rank5_u16_oob", dense("u16", (16, 3, 3, 2, 2), (16, 2, 2, 2, 2), swizzle="32"), (8, 2, -1, 1, -1))
 
 
 def step_cases() -> Iterator[Case]:
@@ -193,9 +239,12 @@ def store(
     source: np.ndarray[Any, Any] | None = None,
     target: np.ndarray[Any, Any] | None = None,
     hint: bool = False,
+    fails: str = "",
+    finding: str = "",
+    lanes: int = 1,
 ) -> Case:
     """Store (or reduce) one box from shared memory and read the whole tensor back."""
-    size = round_up(box_bytes(tensor), 16)
+    size = round_up(footprint(tensor), 16)
     data = counting(size, "u16") if source is None else source
     assert data.nbytes == size, (name, data.nbytes, size)
     moves, names = coordinates(at)
@@ -208,7 +257,7 @@ def store(
     {moves}
     add.u32 %r0, %smem, {offset};
     mov.b64 %d40, 0x1000000000000000;
-    setp.eq.u32 %p0, %tix, 0;
+    {"setp.eq.b32 %p0, 0, 0;" if lanes == 32 else f"setp.lt.u32 %p0, %tix, {lanes};"}
     @%p0 {opcode}.global.shared::cta{suffix}.tile.bulk_group{cache} [%map0, {names}], [%r0]{policy};
     @%p0 cp.async.bulk.commit_group;
     @%p0 cp.async.bulk.wait_group 0;
@@ -221,6 +270,8 @@ def store(
         maps=(tensor,),
         shared_bytes=offset + round_up(size, 128),
         is_async=True,
+        fails=fails,
+        finding=finding,
     )
 
 
@@ -230,22 +281,43 @@ def store_cases() -> Iterator[Case]:
         yield store(f"u16_swizzle{swizzle}", tensor, (8, 3))
         yield store(f"u16_swizzle{swizzle}_start128", tensor, (8, 3), offset=128)
         yield store(f"u16_swizzle{swizzle}_start896", tensor, (8, 3), offset=896)
-        yield store(f"u16_swizzle{swizzle}_clipped", tensor, (85, -3))
-    yield store("narrow64_swizzle128", dense("u16", (96, 16), (32, 8), swizzle="128"), (8, 3), offset=128)
-    yield store("clipped_u8", dense("u8", (80, 8), (32, 8)), (70, 5))
-    yield store("clipped_odd_u8", dense("u8", (37, 5), (48, 8), pad=11), (0, 0))
-    yield store("before_u8", dense("u8", (80, 8), (32, 8)), (-7, -5))
+        yield store(f"u16_swizzle{swizzle}_clipped", tensor, (88, 12))
+    for swizzle, inner in (("128", 64), ("128", 16), ("128", 96), ("64", 32), ("32", 16)):
+        tensor = dense("u16", (96, 16), (inner // 2, 8), swizzle=swizzle)
+        yield store(f"narrow{inner}_swizzle{swizzle}", tensor, (8, 3), offset=128)
+    yield store("clipped_u8", dense("u8", (80, 8), (32, 8)), (64, 5))
+    yield from odd_store_cases()
     yield store("outside_f32", dense("f32", (16, 8), (8, 4)), (16, 0))
     yield store("f32_hint", dense("f32", (16, 8), (8, 4)), (4, 2), hint=True)
     yield store("rank1", dense("u32", (64,), (32,)), (40,))
-    yield store("rank3", dense("bf16", (32, 4, 4), (16, 2, 3)), (24, 1, -1))
-    yield store("rank4", dense("u16", (16, 3, 3, 2), (8, 2, 2, 2)), (4, 2, 1, 1))
-    yield store("rank5", dense("u8", (32, 2, 2, 2, 2), (16, 2, 1, 2, 2)), (8, 1, 1, 0, -1))
+    for at in ((16, 1, 1), (24, 1, 1), (16, 3, 2)):
+        place = "_".join(str(x) for x in at)
+        yield store(f"rank3_at_{place}", dense("bf16", (32, 4, 4), (16, 2, 3)), at)
+    yield store("rank4", dense("u16", (16, 3, 3, 2), (8, 2, 2, 2)), (8, 2, 1, 1))
+    yield store("rank5", dense("u8", (32, 2, 2, 2, 2), (16, 2, 1, 2, 2)), (16, 1, 1, 0, 1))
     yield store("step1x2", dense("u16", (64, 16), (16, 8), element_strides=(1, 2)), (8, 3))
     values = random_u32(22, 16 * 8)
     values[:8] = [1, 0x80000001, 0x7FFFFF, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001]
     for dtype in ("f32_ftz", "tf32"):
         yield store(f"{dtype}_values", dense(dtype, (32, 8), (16, 8)), (8, 0), source=values.view(np.uint8))
+
+
+def odd_store_cases() -> Iterator[Case]:
+    """Rows that end inside a 16-byte unit, and what the engine refuses."""
+    for at in ((0, 0), (16, 1), (32, 3), (48, 0)):
+        yield store(f"odd_dims_u8_at_{at[0]}_{at[1]}", dense("u8", (37, 5), (48, 8), pad=11), at)
+    yield store("odd_dims_u16", dense("u16", (37, 5), (32, 4), pad=6, swizzle="64"), (16, 2))
+    yield store("odd_dims_bf16_aligned_32", dense("bf16", (41, 5), (32, 4), pad=14), (16, 0))
+    yield store("odd_dims_f32", dense("f32", (9, 5), (8, 4), pad=12), (4, 2))
+    yield store("odd_dims_u64", dense("u64", (5, 5), (4, 4), pad=8), (2, 2))
+    yield store("odd_dims_rank3_f16", dense("f16", (9, 3, 3), (16, 2, 2), pad=14), (0, 1, 1))
+    tensor = dense("u16", (96, 16), (32, 8), swizzle="64")
+    yield store("refused_coordinate", tensor, (4, 3), **OFF_CHUNK)
+    yield store("refused_coordinate_clipped", tensor, (84, 12), **OFF_CHUNK)
+    yield store("refused_source_64", tensor, (8, 3), offset=64, **OFF_ROW)
+    yield store("refused_before_row", tensor, (8, -3), **NEGATIVE)
+    yield store("refused_before_column", tensor, (-16, 3), **NEGATIVE)
+    yield store("refused_before_rank3", dense("bf16", (32, 4, 4), (16, 2, 3)), (16, 1, -1), **NEGATIVE)
 
 
 def float_data(dtype: str, seed: int, n: int) -> np.ndarray[Any, Any]:
@@ -295,6 +367,19 @@ def reduce_cases() -> Iterator[Case]:
                 source=reduce_data(dtype, 31 + i, 256),
                 target=reduce_data(dtype, 51 + i, 128 * 6),
             )
+    for dtype in ("u32", "f16", "f32"):
+        size = ELEMENT_BYTES[dtype]
+        tensor = dense(dtype, (36 // size, 5), (32 // size, 4), pad=12)
+        source, target = reduce_data(dtype, 41, 128), reduce_data(dtype, 61, 240)
+        yield store(f"add_{dtype}_odd_dims", tensor, (16 // size, 2), operation="add", source=source, target=target)
+    tensor = dense("u32", (32, 6), (8, 4))
+    data = reduce_data("u32", 42, 128 * 6)
+    for name, at, refused in (("coordinate", (2, 1), OFF_CHUNK), ("before", (8, -1), NEGATIVE)):
+        yield store(f"refused_{name}", tensor, at, operation="add", source=data[:128], target=data, **refused)
+    # Compilers emit stores without electing a lane: how often does a warp's copy run?
+    for lanes in (5, 32):
+        name = f"add_u32_by_{lanes}_lanes"
+        yield store(name, tensor, (8, 1), operation="add", source=data[:128], target=data, lanes=lanes)
 
 
 def bulk_cases() -> Iterator[Case]:
@@ -341,6 +426,47 @@ def bulk_cases() -> Iterator[Case]:
             is_async=True,
         )
     yield from bulk_reduce_cases()
+    yield from by_several_lanes()
+
+
+def by_several_lanes() -> Iterator[Case]:
+    """The same bulk copy in 4 lanes: how often does it run?"""
+    body = f"""
+    {copy_in("%ptr1", 256, 32)}
+    setp.lt.u32 %p0, %tix, 4;
+    mov.b32 %r1, 256;
+    @%p0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%ptr0], [%smem], %r1;
+    @%p0 cp.async.bulk.commit_group;
+    @%p0 cp.async.bulk.wait_group 0;
+    """
+    yield Case(
+        name="bulk_reduce/add.u32_by_4_lanes",
+        ptx=kernel(body, pointers=2),
+        buffers={"out": random_bytes(131, 256), "source": random_bytes(132, 256)},
+        outputs=("out",),
+        shared_bytes=256,
+        is_async=True,
+    )
+    body = f"""
+    {fill_shared(TILE + 256, 32)}
+    {init_barrier("%smem")}
+    add.u32 %r0, %smem, {TILE};
+    mov.b32 %r1, 128;
+    setp.lt.u32 %p0, %tix, 4;
+    @%p30 mbarrier.arrive.expect_tx.shared.b64 _, [%smem], 512;
+    @%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r0], [%ptr0], %r1, [%smem];
+    {wait_parity("%smem", 0)}
+    {dump_shared("%ptr1", 256, 32, TILE)}
+    {store_status("%ptr2")}
+    """
+    yield Case(
+        name="bulk/load_by_4_lanes",
+        ptx=kernel(body, pointers=3),
+        buffers={"tensor": counting(128, "u16"), "out": sentinel(256), "status": status()},
+        outputs=("out", "status"),
+        shared_bytes=TILE + 256,
+        is_async=True,
+    )
 
 
 BULK_REDUCTIONS = words(
