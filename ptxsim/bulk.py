@@ -3,12 +3,13 @@
 A copy is checked when it is issued (addresses, what it may read, what it overwrites) and moves its bytes when the engine
 completes it, so a buffer that is reused too early is really corrupted. Loads are one operation for each destination CTA and
 for each executing lane: that is how often the barrier counts their bytes. Stores are one operation for each distinct set of
-operands among the lanes: compilers emit them without electing a lane, and the hardware issues them once for the warp.
+operands among the lanes: CuTe DSL emits them without electing a lane, and ptxas makes one instruction of it for the warp.
+Reductions, which a repetition changes, run once for each lane.
 
 Source: PTX ISA 9.x, cp.async.bulk, cp.async.bulk.tensor, cp.reduce.async.bulk, cp.reduce.async.bulk.tensor; CUDA
 programming guide, Tensor Memory Accelerator (destinations aligned to 128 bytes).
 Pinned on an H200: first coordinates at multiples of 16 bytes, no negative coordinates in stores (both end the kernel
-there), stores that write whole 16-byte chunks. Not pinned by silicon: that a store without an elected lane is issued once.
+there), stores that write whole 16-byte chunks, loads and reductions by several lanes.
 """
 
 from collections.abc import Callable, Iterator
@@ -351,9 +352,11 @@ def _tensor_store(ins: Instruction, r: Reader, form: _Form) -> Effect:
     if len(ins.operands) != 2 + form.cache_hint:
         raise Unsupported(f"{r.where}: {len(ins.operands)} operands found, {2 + form.cache_hint} expected")
 
+    copies = _each if form.operation else _distinct
+
     def run(w: "Warp", mask: int, where: Any, src: Value) -> None:
         address, (coordinates,) = where
-        for (one, source, *at), lanes in _distinct(mask, [address, src, *coordinates]):
+        for (one, source, *at), lanes in copies(mask, [address, src, *coordinates]):
             _store(w, form, lanes, one, [_signed(c) for c in at], source)
 
     return Effect(run, (), (Source(ins.operands[0], 64), Source(ins.operands[1])))
@@ -378,6 +381,11 @@ def _distinct(mask: int, values: list[Any]) -> list[tuple[tuple[int, ...], int]]
         key = tuple(lane(value, i) for value in values)
         found[key] = found.get(key, 0) | 1 << i
     return list(found.items())
+
+
+def _each(mask: int, values: list[Any]) -> list[tuple[tuple[int, ...], int]]:
+    """The tuple of every lane."""
+    return [(tuple(lane(value, i) for value in values), 1 << i) for i in lanes_of(mask)]
 
 
 def _store(w: "Warp", form: _Form, lanes: int, address: int, at: list[int], src: int) -> None:
@@ -492,7 +500,7 @@ def bulk_copy(ins: Instruction) -> Effect:
     if pair == ("global", "shared::cta"):
 
         def run(w: "Warp", mask: int, to: Value, source: Value, length: Value) -> None:
-            for (one, two, three), lanes in _distinct(mask, [to, source, length]):
+            for (one, two, three), lanes in (_each if reduces else _distinct)(mask, [to, source, length]):
                 _bulk_store(w, form, lanes, one, two, three)
 
         return Effect(run, (), (Source(dst, 64), Source(src), Source(size)))

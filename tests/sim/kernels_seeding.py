@@ -1,10 +1,7 @@
-"""The good kernels into which test_seeded_bugs.py puts faults: the repository's linear, and small ones written in PTX."""
+"""The good kernel into which seeded_linear.py puts faults: the repository's NVFP4 linear on a small problem."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
 
-import asm_kit
 import numpy as np
 import torch
 from seeding import Base, Prepared
@@ -12,14 +9,11 @@ from seeding import Base, Prepared
 from cutedsl.kernels import linear_sm100
 from cutedsl.kernels.linear_sm100 import Config
 from cutedsl.layout import swizzle_block_scale
-from ptxsim import tensormap
 from ptxsim.host.capture import capture, prepare_environment
 from ptxsim.launch import Launch
 from ptxsim.memory import Buffer
 
 prepare_environment()
-
-# ---- the NVFP4 linear -----------------------------------------------------------------------------------------------
 
 # Every pipeline is as short as it can be: each barrier wraps often. 4 tiles of 2 steps by one CTA; ragged m, n and k.
 LINEAR = Config(tile_n=128, num_ab_stages=2, num_acc_stages=1, num_d_stages=1)
@@ -45,6 +39,12 @@ def _linear_inputs() -> tuple[tuple[torch.Tensor, ...], np.ndarray]:
 
 
 @functools.cache
+def _pristine() -> tuple[torch.Tensor, ...]:
+    """Copies of the inputs: a fault may change them."""
+    return tuple(tensor.clone() for tensor in _linear_inputs()[0])
+
+
+@functools.cache
 def _linear_capture() -> tuple[Launch, torch.Tensor]:
     d = torch.empty(M, N, dtype=torch.bfloat16)
     [launch] = capture(linear_sm100.compiled(LINEAR), *_linear_inputs()[0], d, 1)
@@ -55,6 +55,8 @@ def _prepare_linear() -> Prepared:
     inputs, expected = _linear_inputs()
     launch, d = _linear_capture()
     d.fill_(float("nan"))
+    for tensor, kept in zip(inputs, _pristine(), strict=True):
+        tensor.view(torch.uint8).copy_(kept.view(torch.uint8))
     names = ("a", "b", "sfa", "sfb", "alpha")
     memory = [Buffer.of(tensor, name, readonly=True) for name, tensor in zip(names, inputs, strict=True)]
     memory.append(Buffer.of(d, "d", initialised=False, must_be_written=True))

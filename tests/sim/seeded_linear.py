@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable
 
 import kernels_seeding as kernels
+import torch
 from seeding import (
     REFUSED,
     WRONG,
     Edit,
+    Prepared,
     Text,
     bug,
     change_all,
@@ -24,6 +26,8 @@ from seeding import (
     replaced,
     shorten,
 )
+
+from ptxsim.tensormap import Swizzle
 
 LD = r"tcgen05\.ld\.sync"
 MMA = r"\btcgen05\.mma\."
@@ -68,7 +72,10 @@ def epilogue_never_waits(t: Text) -> None:
     t.drop_wait(t.waits(acc_full(t), 1)[0])
 
 
-def expect(difference: int):
+Barrier = Callable[[Text], int]
+
+
+def expect(difference: int) -> Edit:
     def edit(t: Text) -> None:
         line = t.one(r"mbarrier\.arrive\.expect_tx")
         count = t.operands(line)[2]
@@ -77,14 +84,14 @@ def expect(difference: int):
     return edit
 
 
-def flip(barrier):
+def flip(barrier: Barrier) -> Edit:
     return lambda t: t.flip_parity(t.waits(barrier(t))[0])
 
 
-def init_count(barrier, count: int, of: int):
+def init_count(barrier: Barrier, count: int) -> Edit:
     def edit(t: Text) -> None:
         lines = [i for i in t.find(r"mbarrier\.init") if t.offset(i) == barrier(t)]
-        assert len(lines) == of
+        assert len(lines) == 1
         t.change(lines[0], r"%r\d+;", f"{count};")
 
     return edit
@@ -96,7 +103,7 @@ def commit_to_the_other_barrier(t: Text) -> None:
     t.change(first, r"\[.*\]", there)
 
 
-def wrap_late(before: str):
+def wrap_late(before: str) -> Edit:
     """The stage counter wraps one too late."""
 
     def edit(t: Text) -> None:
@@ -107,7 +114,7 @@ def wrap_late(before: str):
     return edit
 
 
-def never_flips(barrier):
+def never_flips(barrier: Barrier) -> Edit:
     """The parity of a wait is not toggled when its pipeline wraps."""
 
     def edit(t: Text) -> None:
@@ -119,12 +126,10 @@ def never_flips(barrier):
 
 
 def scales_of_the_next_stage(t: Text) -> None:
-    stage = re.compile(r"shl\.b32\s+%r\d+, (%r\d+), 7;")
     start = t.waits(ab_full(t))[0]
-    line = min(i for i in t.find(stage.pattern) if i > start)
-    following = t.one(r"selp\.b32\s+%r\d+, 0, %r\d+, %p", 1, None)
     following = min(i for i in t.find(r"selp\.b32\s+%r\d+, 0, %r\d+, %p") if i > start)
-    t.change(line, re.escape(stage.search(t.lines[line])[1]), t.operands(following)[0])
+    line = min(i for i in t.find(r"shl\.b32\s+%r\d+, %r\d+, 7;") if i > start)
+    t.change(line, re.escape(t.operands(line)[1]), t.operands(following)[0])
 
 
 def exchange_scales(t: Text) -> None:
@@ -155,6 +160,13 @@ def instruction_descriptor(t: Text) -> None:
         t.change(line, number, str(int(number) - (1 << 17)))
 
 
+def twice_the_rows(t: Text) -> None:
+    # M / 128 lies from bit 27 on.
+    line = t.one(r"selp\.b32\s+%r\d+, \d{9}, \d{9}, %p")
+    for number in re.findall(r"\d{9}", t.lines[line]):
+        t.change(line, number, str(int(number) + (1 << 27)))
+
+
 def accumulate_on_garbage(t: Text) -> None:
     flag = t.operands(t.one(MMA, 0, 4))[6]
     line = t.one(rf"setp\.ne\.b32\s+{flag}, ")
@@ -173,7 +185,7 @@ def only_last_step_counts(t: Text) -> None:
     t.lines[line] = f"mov.pred {flag}, 0;"
 
 
-def deallocate(columns: int):
+def deallocate(columns: int) -> Edit:
     def edit(t: Text) -> None:
         line = t.one(r"tcgen05\.dealloc")
         t.change(line, re.escape(t.operands(line)[1]), str(columns))
@@ -181,7 +193,7 @@ def deallocate(columns: int):
     return edit
 
 
-def allocate(columns: int):
+def allocate(columns: int) -> Edit:
     def edit(t: Text) -> None:
         t.change(t.one(r"tcgen05\.alloc\."), r"%r\d+;", f"{columns};")
         t.change(t.one(r"tcgen05\.dealloc"), r"%r\d+;", f"{columns};")
@@ -198,11 +210,11 @@ def lane_offset(t: Text) -> None:
     t.change(t.one(r"shl\.b32\s+%r\d+, %r\d+, 21;"), "21", "20")
 
 
-def swapped_coordinates(pattern: str, at: int, of: int):
+def swapped_coordinates(pattern: str, at: int, of: int) -> Edit:
     return replaced(pattern, at, of, r"\{(%r\d+), (%r\d+)\}", r"{\2, \1}")
 
 
-def map_of(load: int, other: int):
+def map_of(load: int, other: int) -> Edit:
     """A copy with the tensor map of another copy."""
 
     def edit(t: Text) -> None:
@@ -225,14 +237,8 @@ def load_b_over_a(t: Text) -> None:
     t.change(b, r"\[%r\d+\+\d+\], \[%rd", re.search(r"\[%r\d+\]", t.lines[a])[0] + ", [%rd")
 
 
-def misplaced(pattern: str, at: int, of: int, by: int):
-    """A copy's place in shared memory is not where it should be."""
-
-    def edit(t: Text) -> None:
-        line = t.one(pattern, at, of)
-        t.change(line, r"\[(%r\d+)((?:\+\d+)?)\](?=, [\[%])", rf"[\1\2+{by}]" if at == 0 else rf"[\1+{by}]")
-
-    return edit
+def a_misplaced(t: Text) -> None:
+    t.change(t.one(LOAD, 0, 4), r"\[(%r\d+)\], \[%rd", r"[\1+64], [%rd")
 
 
 def release_before_reading(t: Text) -> None:
@@ -285,16 +291,16 @@ def no_initial_barrier(t: Text) -> None:
     t.drop(t.one(r"bar\.sync\s+0;"))
 
 
-def no_init(barrier, of: int):
+def no_init(barrier: Barrier) -> Edit:
     def edit(t: Text) -> None:
         lines = [i for i in t.find(r"mbarrier\.init") if t.offset(i) == barrier(t)]
-        assert len(lines) == of
+        assert len(lines) == 1
         t.drop(lines[0])
 
     return edit
 
 
-LINEAR_BUGS = [
+BUGS = [
     bug("load never waits for an empty stage", "race | barrier-overarrival", load_never_waits),
     bug("MMA never waits for A and B", "race | in-flight-access | uninitialised-read", mma_never_waits_for_data),
     bug("MMA never waits for a free accumulator", "race", mma_never_waits_for_accumulator),
@@ -326,22 +332,22 @@ LINEAR_BUGS = [
     bug("dealloc of fewer columns", "tmem-misuse", deallocate(128)),
     bug("alloc of too few columns", "tmem-misuse", allocate(128)),
     bug("dealloc while other warps still read", "race", no_barrier_before_dealloc),
-    bug("accumulator's barrier expects 127 arrivals", "barrier-overarrival", init_count(acc_empty, 127, 1)),
-    bug("accumulator's barrier expects 129 arrivals", "deadlock", init_count(acc_empty, 129, 1)),
-    bug("stage's barrier expects 2 arrivals", "deadlock", init_count(ab_full, 2, 1)),
-    bug("stage's barrier is not initialised", "barrier-misuse", no_init(ab_full, 1)),
+    bug("accumulator's barrier expects 127 arrivals", "barrier-overarrival", init_count(acc_empty, 127)),
+    bug("accumulator's barrier expects 129 arrivals", "deadlock", init_count(acc_empty, 129)),
+    bug("stage's barrier expects 2 arrivals", "deadlock", init_count(ab_full, 2)),
+    bug("stage's barrier is not initialised", "barrier-misuse", no_init(ab_full)),
     bug("no fence.mbarrier_init", "missing-mbarrier-init-fence", drop(r"fence\.mbarrier_init")),
     bug("no barrier behind the setup", "race | uninitialised-read | barrier-misuse", no_initial_barrier),
     bug("load's stage wraps one too late", "barrier-misuse | out-of-bounds | deadlock | race", wrap_late("load")),
     bug("MMA's stage wraps one too late", "barrier-misuse | deadlock | race", wrap_late("mma")),
     bug("load waits for the wrong phase", "deadlock", flip(ab_empty)),
-    bug("MMA waits for the wrong phase of a stage", "race | uninitialised-read | in-flight-access", flip(ab_full)),
+    bug("MMA waits for the wrong phase of a stage", "race | in-flight-access | deadlock", flip(ab_full)),
     bug("MMA waits for the wrong phase of the accumulator", "deadlock", flip(acc_empty)),
     bug("epilogue waits for the wrong phase", "race | uninitialised-read", flip(acc_full)),
     bug("load's parity is never toggled", "deadlock | race | barrier-overarrival", never_flips(ab_empty)),
     bug("MMA's parity is never toggled", "race | in-flight-access | deadlock", never_flips(ab_full)),
     bug("epilogue's parity is never toggled", "race | deadlock", never_flips(acc_full)),
-    bug("tcgen05.ld one column too far", "uninitialised-read | race", replaced(LD, 0, 2, r"\[(%r\d+)\]", r"[\1+1]")),
+    bug("tcgen05.ld one column too far", WRONG, replaced(LD, 0, 2, r"\[(%r\d+)\]", r"[\1+1]")),
     bug("lane offset of the warps halved", "tmem-misuse", lane_offset),
     bug("accumulator is given back before it is read", "race", release_before_reading),
     bug("all lanes announce the bytes", "barrier-overarrival", every_lane(r"mbarrier\.arrive\.expect_tx")),
@@ -350,11 +356,11 @@ LINEAR_BUGS = [
     bug("all lanes give a stage back", "barrier-overarrival", every_lane(COMMIT, 0, 2)),
     bug("all warps store D", "race | shared-in-use-at-exit", all_warps_store),
     bug("coordinates of A exchanged", WRONG, swapped_coordinates(LOAD, 0, 4)),
-    bug("coordinates of D exchanged", "race | output-not-written", swapped_coordinates(STORE, 0, 2)),
+    bug("coordinates of D exchanged", WRONG, swapped_coordinates(STORE, 0, 2)),
     bug("B loaded with A's tensor map", WRONG, map_of(1, 0)),
     bug("D stored with A's tensor map", "write-readonly", map_of(4, 0)),
     bug("B loaded over A", "race | in-flight-access", load_b_over_a),
-    bug("A loaded 64 bytes too far", "misaligned", misplaced(LOAD, 0, 4, 64)),
+    bug("A loaded 64 bytes too far", "misaligned", a_misplaced),
     bug("swizzle of one store to shared memory missing", "race | uninitialised-read", unswizzled_store),
     bug("alpha read beyond n", "out-of-bounds", no_guard_of_alpha),
     bug("MMA takes half the steps", "deadlock | barrier-overarrival", stop_one_step_early),
@@ -362,20 +368,41 @@ LINEAR_BUGS = [
     bug("every second tile skipped", "output-not-written", skip_every_second_tile),
     bug("tcgen05.wait::ld by half a warp", "divergence", half_a_warp(r"tcgen05\.wait::ld", 0, 2)),
     bug("bar.sync by half a warp", "divergence", half_a_warp(EPILOGUE_BARRIER, 0, 5)),
-    bug("MMA with M 64", REFUSED, change_all(r"selp\.b32\s+%r\d+, \d{9}, \d{9}, %p", 1, r"\b1363(\d{5})\b", r"21\1")),
+    bug("MMA of 256 rows in one CTA", REFUSED, twice_the_rows),
 ]
 
-LINEAR_HOST_BUGS = [
+
+def less_shared_memory(prepared: Prepared) -> Prepared:
+    return change_launch(shared_bytes=prepared.launch.shared_bytes - 16)(prepared)
+
+
+def scale_is_nan(prepared: Prepared) -> Prepared:
+    [scales] = [buffer for buffer in prepared.memory if buffer.name == "sfb"]
+    scales.owner.view(torch.uint8)[0, 0] = 0xFF
+    return prepared
+
+
+def scale_is_negative(prepared: Prepared) -> Prepared:
+    [scales] = [buffer for buffer in prepared.memory if buffer.name == "sfa"]
+    scales.owner.view(torch.uint8)[0, 0] |= 0x80
+    return prepared
+
+
+HOST_BUGS = [
+    bug("a scale of B is NaN", "bad-value", host=scale_is_nan),
+    bug("a scale of A is negative", "bad-value", host=scale_is_negative),
     bug("D is allocated one row short", "out-of-bounds", host=shorten("d", 2 * kernels.N)),
     bug("A is allocated one row short", "out-of-bounds", host=shorten("a", kernels.K // 2)),
     bug("shared memory above 227 KiB", "launch", host=change_launch(shared_bytes=233473)),
     bug("128 threads instead of 192", "launch", host=change_launch(block=(128, 1, 1))),
     bug("cluster does not divide the grid", "launch", host=change_launch(cluster=(2, 1, 1))),
-    bug("shared memory 1 KiB short", "out-of-bounds | misaligned", host=change_launch(shared_bytes=89 * 1024)),
-    bug("row stride of A is no multiple of 16", "tensormap", host=change_map(0, strides_bytes=(152,))),
+    bug("shared memory 16 bytes short", "out-of-bounds", host=less_shared_memory),
+    bug("rows of A's box are no multiple of 16 bytes", "tensormap", host=change_map(0, box=lambda b: (24, b[1]))),
     bug("map of A starts at an odd address", "tensormap", host=change_map(0, global_address=lambda a: a + 4)),
     bug("map of A has a row too many", "out-of-bounds", host=change_map(0, dims=lambda d: (d[0], d[1] + 1))),
     bug("map of D has a row too many", "out-of-bounds", host=change_map(4, dims=lambda d: (d[0], d[1] + 1))),
     bug("box of A is half as high", "deadlock", host=change_map(0, box=lambda b: (b[0], b[1] // 2))),
-    bug("swizzle of B is that of 64 bytes", "tensormap | " + WRONG, host=change_map(1, swizzle=2)),
+    bug("row stride of A is that of 2 rows", "out-of-bounds", host=change_map(0, strides_bytes=(kernels.K,))),
+    bug("row stride of A is a row less 16 bytes", WRONG, host=change_map(0, strides_bytes=(kernels.K // 2 - 16,))),
+    bug("swizzle of B is that of 64 bytes", "tensormap", host=change_map(1, swizzle=Swizzle.B64)),
 ]

@@ -47,7 +47,9 @@ class Text:
             for i, line in enumerate(self.lines)
             if re.search(pattern, line.split("//")[0]) and not line.lstrip().startswith(".loc")
         ]
-        assert found if of is None else len(found) == of, f"{pattern!r} occurs {len(found)} times, expected {of or 'some'}"
+        assert found if of is None else len(found) == of, (
+            f"{pattern!r} occurs {len(found)} times, expected {of or 'some'}"
+        )
         return found
 
     def one(self, pattern: str, at: int = 0, of: int | None = 1) -> int:

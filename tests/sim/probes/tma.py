@@ -80,7 +80,6 @@ def load(
     destination: str = "shared::cluster",
     hint: bool = False,
     expected: int = 0,
-    lanes: int = 1,
     fails: str = "",
     finding: str = "",
 ) -> Case:
@@ -96,9 +95,8 @@ def load(
     {moves}
     add.u32 %r0, %smem, {TILE + offset};
     mov.b64 %d40, 0x1000000000000000;
-    {"setp.eq.b32 %p29, 0, 0;" if lanes == 32 else f"setp.lt.u32 %p29, %tix, {lanes};"}
     @%p30 mbarrier.arrive.expect_tx.shared.b64 _, [%smem], {size};
-    @%p29 cp.async.bulk.tensor.{len(at)}d.{destination}.global.tile.mbarrier::complete_tx::bytes{suffix} \
+    @%p30 cp.async.bulk.tensor.{len(at)}d.{destination}.global.tile.mbarrier::complete_tx::bytes{suffix} \
 [%r0], [%map0, {names}], [%smem]{policy};
     {wait_parity("%smem", 0)}
     {dump_shared("%ptr1", region, 32, TILE)}
@@ -150,9 +148,7 @@ def load_cases() -> Iterator[Case]:
     ties[16:32] ^= np.uint32(1)  # just beside a tie
     ties[:8] = [0x7F7FF000, 0x7F7FEFFF, 0xFF7FF000, 0x1000, 0x3000, 0x80001000, 0x7FF000, 0x7FD000]
     yield load("tf32_ties", dense("tf32", (64, 16), (32, 8)), (0, 0), data=ties.view(np.uint8))
-    tensor = dense("u16", (128, 24), (32, 16))
-    for lanes in (4, 32):
-        yield load(f"by_{lanes}_lanes", tensor, (8, 2), lanes=lanes, expected=lanes * box_bytes(tensor))
+    yield load_by_4_lanes()
     tensor = dense("bf16", (64, 16), (64, 8), swizzle="128", promotion="128")
     yield load("cache_hint", tensor, (0, 4), hint=True)
     yield load("shared_cta_destination", tensor, (0, 4), destination="shared::cta")
@@ -177,6 +173,36 @@ def refused_load_cases() -> Iterator[Case]:
     yield load("refused_coordinate_outside", tensor, (4, 40), **OFF_CHUNK)
     yield load("refused_destination_64", tensor, (16, 2), offset=64, **OFF_ROW)
     yield load("refused_destination_64_unswizzled", dense("u8", (96, 8), (48, 8)), (16, 2), offset=64, **OFF_ROW)
+
+
+def load_by_4_lanes() -> Case:
+    """Each lane loads its own box; the barrier counts them all."""
+    tensor = dense("u16", (128, 24), (32, 4))
+    body = f"""
+    {fill_shared(TILE + 1280, 32)}
+    {init_barrier("%smem")}
+    shl.b32 %r0, %tix, 8;
+    add.u32 %r0, %r0, %smem;
+    add.u32 %r0, %r0, {TILE};
+    shl.b32 %r100, %tix, 3;
+    add.u32 %r101, %tix, 2;
+    setp.lt.u32 %p29, %tix, 4;
+    @%p30 mbarrier.arrive.expect_tx.shared.b64 _, [%smem], 1024;
+    @%p29 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes \
+[%r0], [%map0, {{%r100, %r101}}], [%smem];
+    {wait_parity("%smem", 0)}
+    {dump_shared("%ptr1", 1280, 32, TILE)}
+    {store_status("%ptr2")}
+    """
+    return Case(
+        name="tma_load/by_4_lanes",
+        ptx=kernel(body, pointers=3, maps=1),
+        buffers={"tensor": counting(tensor_bytes(tensor), "u16"), "out": sentinel(1280), "status": status()},
+        outputs=("out", "status"),
+        maps=(tensor,),
+        shared_bytes=TILE + 1280,
+        is_async=True,
+    )
 
 
 def out_of_bounds_cases() -> Iterator[Case]:
@@ -376,7 +402,7 @@ def reduce_cases() -> Iterator[Case]:
     data = reduce_data("u32", 42, 128 * 6)
     for name, at, refused in (("coordinate", (2, 1), OFF_CHUNK), ("before", (8, -1), NEGATIVE)):
         yield store(f"refused_{name}", tensor, at, operation="add", source=data[:128], target=data, **refused)
-    # Compilers emit stores without electing a lane: how often does a warp's copy run?
+    # A reduction runs once for each lane. (Of stores ptxas makes one instruction for the warp.)
     for lanes in (5, 32):
         name = f"add_u32_by_{lanes}_lanes"
         yield store(name, tensor, (8, 1), operation="add", source=data[:128], target=data, lanes=lanes)
@@ -430,7 +456,7 @@ def bulk_cases() -> Iterator[Case]:
 
 
 def by_several_lanes() -> Iterator[Case]:
-    """The same bulk copy in 4 lanes: how often does it run?"""
+    """A reduction in 4 lanes runs 4 times; loads in 4 lanes are counted together."""
     body = f"""
     {copy_in("%ptr1", 256, 32)}
     setp.lt.u32 %p0, %tix, 4;
@@ -448,23 +474,27 @@ def by_several_lanes() -> Iterator[Case]:
         is_async=True,
     )
     body = f"""
-    {fill_shared(TILE + 256, 32)}
+    {fill_shared(TILE + 640, 32)}
     {init_barrier("%smem")}
-    add.u32 %r0, %smem, {TILE};
+    shl.b32 %r2, %tix, 7;
+    add.u32 %r0, %smem, %r2;
+    add.u32 %r0, %r0, {TILE};
+    cvt.u64.u32 %d2, %r2;
+    add.u64 %d2, %d2, %ptr0;
     mov.b32 %r1, 128;
     setp.lt.u32 %p0, %tix, 4;
     @%p30 mbarrier.arrive.expect_tx.shared.b64 _, [%smem], 512;
-    @%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r0], [%ptr0], %r1, [%smem];
+    @%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r0], [%d2], %r1, [%smem];
     {wait_parity("%smem", 0)}
-    {dump_shared("%ptr1", 256, 32, TILE)}
+    {dump_shared("%ptr1", 640, 32, TILE)}
     {store_status("%ptr2")}
     """
     yield Case(
         name="bulk/load_by_4_lanes",
         ptx=kernel(body, pointers=3),
-        buffers={"tensor": counting(128, "u16"), "out": sentinel(256), "status": status()},
+        buffers={"tensor": counting(512, "u16"), "out": sentinel(640), "status": status()},
         outputs=("out", "status"),
-        shared_bytes=TILE + 256,
+        shared_bytes=TILE + 640,
         is_async=True,
     )
 
