@@ -111,7 +111,7 @@ def _lazy(program: Program, segment: Segment, use: "_Liveness", partial: bool) -
 def _segments(kernel: Kernel, decoded: list[Pure | Effect | None]) -> list[Segment]:
     count = len(kernel.instructions)
     leaders = {0, *kernel.labels.values()}
-    for i, (ins, item) in enumerate(zip(kernel.instructions, decoded, strict=True)):
+    for i, item in enumerate(decoded):
         if item is None:
             leaders.add(i + 1)
         elif isinstance(item, Effect) and item.blocks:

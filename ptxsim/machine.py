@@ -15,7 +15,7 @@ import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ class Region:
 
     join: int
     mask: int
-    parent: Union["Region", None]
+    parent: "Region | None"
     arrived: int = 0
 
 
@@ -234,8 +234,8 @@ class Warp:
             "WARP_SZ": 32,
         }
         out["%lanemask_le"] = out["%lanemask_lt"] | out["%lanemask_eq"]
-        out["%lanemask_gt"] = ~out["%lanemask_le"]  # type: ignore[operator]
-        out["%lanemask_ge"] = ~out["%lanemask_lt"]  # type: ignore[operator]
+        out["%lanemask_gt"] = ~out["%lanemask_le"]
+        out["%lanemask_ge"] = ~out["%lanemask_lt"]
         for axis, letter in enumerate("xyz"):
             out[f"%ntid.{letter}"] = block[axis]
             out[f"%ctaid.{letter}"] = cta.ctaid[axis]

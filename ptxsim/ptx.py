@@ -7,7 +7,7 @@ names such as `P1` and `DONE`), vectors, `%r|%p` pairs, `_` sinks, tensor addres
 import re
 import struct
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any
 
 from ptxsim.findings import Unsupported
 
@@ -108,7 +108,7 @@ class Pair:
 class Address:
     """`[base + offset]`."""
 
-    base: Union[Reg, Symbol, Imm]
+    base: Reg | Symbol | Imm
     offset: int
 
 
@@ -120,7 +120,7 @@ class TensorAddress:
     vectors: tuple[Vector, ...]
 
 
-Operand = Union[Reg, Imm, Special, Symbol, Label, Sink, Not, Vector, Pair, Address, TensorAddress]
+Operand = Reg | Imm | Special | Symbol | Label | Sink | Not | Vector | Pair | Address | TensorAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +259,11 @@ class _Body:
     def __init__(self, kernel: Kernel, files: dict[int, str]) -> None:
         self.kernel = kernel
         self.files = files
-        self.scopes: list[dict[str, object]] = [{}]
+        self.scopes: list[dict[str, Any]] = [{}]
         self.labels: list[dict[str, str]] = [{}]
         self.source: tuple[int, int] | None = None
         self.pending: list[
-            tuple[str, int, tuple[dict[str, object], ...], tuple[dict[str, str], ...], tuple[int, int] | None]
+            tuple[str, int, tuple[dict[str, Any], ...], tuple[dict[str, str], ...], tuple[int, int] | None]
         ] = []
 
     def declare(self, type_name: str, names: str, lanes: int = 0) -> None:
@@ -308,16 +308,16 @@ def _split(text: str) -> list[str]:
 class _Operands:
     """Turns operand text into objects within the scopes of a statement."""
 
-    def __init__(self, scopes: tuple[dict[str, object], ...], labels: tuple[dict[str, str], ...], where: str) -> None:
+    def __init__(self, scopes: tuple[dict[str, Any], ...], labels: tuple[dict[str, str], ...], where: str) -> None:
         self.scopes, self.labels, self.where = scopes, labels, where
 
     def name(self, text: str) -> Operand:
         for scope in reversed(self.scopes):
             if text in scope:
-                return scope[text]  # type: ignore[return-value]
-        for scope in reversed(self.labels):
-            if text in scope:
-                return Label(scope[text])
+                return scope[text]
+        for names in reversed(self.labels):
+            if text in names:
+                return Label(names[text])
         if _SPECIAL.match(text):
             return Special(text)
         if text.startswith("%"):
@@ -383,7 +383,7 @@ _GUARD = re.compile(r"@(!?)\s*([%$\w.]+)\s+")
 def _instruction(
     statement: str,
     line: int,
-    scopes: tuple[dict[str, object], ...],
+    scopes: tuple[dict[str, Any], ...],
     labels: tuple[dict[str, str], ...],
     source: tuple[str, int] | None,
 ) -> Instruction:
@@ -407,7 +407,7 @@ def _read_body(text: _Text, start: int, kernel: Kernel, files: dict[int, str]) -
     body = _Body(kernel, files)
     raw, position, serial = text.text, start, 0
     statements: list[
-        tuple[str, int, tuple[dict[str, object], ...], tuple[dict[str, str], ...], tuple[int, int] | None]
+        tuple[str, int, tuple[dict[str, Any], ...], tuple[dict[str, str], ...], tuple[int, int] | None]
     ] = []
     loc = re.compile(r"\.loc\s+(\d+)\s+(\d+)[^\n]*")
     while True:
@@ -533,8 +533,8 @@ def parse(text: str) -> Module:
         outer = outer[: match.start()] + re.sub(r"[^\n]", " ", outer[match.start() : end]) + outer[end:]
     outer = re.sub(r"\.section\s+\S+\s*\{[^}]*\}", "", outer)
     for statement in outer.split(";"):
-        match = _VAR_DECL.match(statement.strip().split("\n\n")[-1].strip()) or _VAR_DECL.search(statement)
-        if match:
-            variable = _variable(match)
+        found = _VAR_DECL.match(statement.strip().split("\n\n")[-1].strip()) or _VAR_DECL.search(statement)
+        if found:
+            variable = _variable(found)
             module.variables[variable.name] = variable
     return module

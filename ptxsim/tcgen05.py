@@ -25,7 +25,7 @@ from ptxsim.findings import BARRIER_MISUSE, TMEM_MISUSE, Unsupported
 from ptxsim.ptx import Address, Imm, Instruction, Vector
 from ptxsim.registry import Effect, Reader, Source, decoder
 from ptxsim.tcgen05_mma import gather, group_of, participants, tensor_queue
-from ptxsim.tmem import COLUMNS, QUARTER, UNDER_WAY
+from ptxsim.tmem import ALL_BANDS, BAND, COLUMNS, QUARTER, UNDER_WAY
 from ptxsim.values import Value, lane, lanes32, lanes_of, uniform
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["tcgen05_mma"]
 I64 = npt.NDArray[np.int64]
-WARPS = slice(0, 4)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Allocation
@@ -164,14 +163,14 @@ class _Fragment:
     Attributes:
         registers: number of them.
         lanes: 32, or 16 for the shapes that touch half a warp's lanes.
-        columns: columns covered.
+        spans: (first, number) of the columns covered, relative to the address.
         low: (registers, 32 threads) cell of each register's (low half), lane * COLUMNS + column, relative to the address.
         high: the cell of the upper half with 16-bit packing, else None.
     """
 
     registers: int
     lanes: int
-    columns: int
+    spans: tuple[tuple[int, int], ...]
     low: I64
     high: I64 | None
 
@@ -208,8 +207,9 @@ def fragment(shape: str, number: int, packed: bool, split: int) -> _Fragment:
         row, column, far = none + t % 16, none + j, none + t // 16 * split
     width = 2 if packed else 1
     low = row * COLUMNS + column * width + far
-    columns = int((low % COLUMNS).max()) + width
-    return _Fragment(registers, 32 if shape == "32x32b" else 16, columns, low, low + 1 if packed else None)
+    columns = int((column * width).max()) + width
+    spans = ((0, columns), (split, columns)) if shape == "16x32bx2" else ((0, columns),)
+    return _Fragment(registers, 32 if shape == "32x32b" else 16, spans, low, low + 1 if packed else None)
 
 
 def _window(w: "Warp", part: _Fragment, value: Value, mask: int) -> tuple[int, int]:
@@ -223,7 +223,8 @@ def _window(w: "Warp", part: _Fragment, value: Value, mask: int) -> tuple[int, i
     if row not in ((base,) if part.lanes == 32 else (base, base + 16)):
         where = f"lanes {base} to {base + 31} only; the address {address:#x} starts at lane {address >> 16}"
         w.found(TMEM_MISUSE, f"warp {w.index} may access {where}", fatal=True)
-    w.cta.tmem.check_range(w.found, column, part.columns, "access")
+    for first, count in part.spans:
+        w.cta.tmem.check_range(w.found, column + first, count, "access")
     return row, column
 
 
@@ -268,32 +269,24 @@ def load(ins: Instruction) -> Effect:
 
     def run(w: "Warp", mask: int, value: Value) -> Any:
         row, column = _window(w, part, value, mask)
-        tmem, quarter = w.cta.tmem, w.index % 4
-        quarters = slice(quarter, quarter + 1)
+        tmem = w.cta.tmem
+        bands = slice(row // BAND, (row + part.lanes) // BAND)
         lanes = slice(row, row + part.lanes)
-        tmem.check_read(w.found, w.clock, quarters, column, part.columns, "read")
+        for first, count in part.spans:
+            tmem.check_read(w.found, w.clock, bands, column + first, count, "read")
+            tmem.check_valid(w.found, lanes, column + first, count, "read")
+            tmem.note_read(w.thread, w.clock.item(w.thread), bands, column + first, count)
         if straight:
-            tmem.check_valid(w.found, lanes, column, part.columns, "read")
-            block = np.ascontiguousarray(tmem.data[lanes, column : column + part.columns].T)
+            block = np.ascontiguousarray(tmem.data[lanes, column : column + part.registers].T)
         else:
             cells = part.low + (row * COLUMNS + column)
-            _check_cells(w, cells, part, column)
             block = tmem.data.reshape(-1).take(cells)
             if part.high is not None:
                 upper = tmem.data.reshape(-1).take(cells + 1)
                 block = (block & np.uint32(0xFFFF)) | (upper << np.uint32(16))
-        tmem.note_read(w.thread, int(w.clock[w.thread]), quarters, column, part.columns)
         return block[0] if single else list(block)
 
     return Effect(run, (target,), (Source(address),), aligned=True)
-
-
-def _check_cells(w: "Warp", cells: I64, part: _Fragment, column: int) -> None:
-    tmem = w.cta.tmem
-    if tmem.valid.reshape(-1).take(cells).all() and (part.high is None or tmem.valid.reshape(-1).take(cells + 1).all()):
-        return
-    row = int(cells.min()) // COLUMNS
-    tmem.check_valid(w.found, slice(row, row + part.lanes), column, part.columns, "read")
 
 
 @decoder("tcgen05.st")
@@ -312,9 +305,10 @@ def store(ins: Instruction) -> Effect:
 
     def run(w: "Warp", mask: int, value: Value, registers: Any) -> None:
         row, column = _window(w, part, value, mask)
-        tmem, quarter = w.cta.tmem, w.index % 4
-        quarters = slice(quarter, quarter + 1)
-        tmem.check_write(w.found, w.clock, w.thread, quarters, column, part.columns, "write")
+        tmem = w.cta.tmem
+        bands = slice(row // BAND, (row + part.lanes) // BAND)
+        for first, count in part.spans:
+            tmem.check_write(w.found, w.clock, w.thread, bands, column + first, count, "write")
         block = np.stack([lanes32(item) for item in ([registers] if single else registers)])
         cells = part.low + (row * COLUMNS + column)
         data, valid = tmem.data.reshape(-1), tmem.valid.reshape(-1)
@@ -325,8 +319,9 @@ def store(ins: Instruction) -> Effect:
             data[cells + 1] = block >> np.uint32(16)
             valid[cells + 1] = True
         valid[cells] = True
-        tmem.note_write(w.thread, UNDER_WAY, quarters, column, part.columns)
-        w.state.setdefault("tcgen05_st", []).append((column, part.columns))
+        for first, count in part.spans:
+            tmem.note_write(w.thread, UNDER_WAY, bands, column + first, count)
+            w.state.setdefault("tcgen05_st", []).append((bands, column + first, count))
 
     return Effect(run, (), (Source(address), Source(source)), aligned=True)
 
@@ -342,8 +337,8 @@ def wait(ins: Instruction) -> Effect:
 
     def run(w: "Warp", mask: int) -> None:
         if stores:
-            for column, columns in w.state.pop("tcgen05_st", ()):
-                w.cta.tmem.settle_stores(w.thread, int(w.clock[w.thread]), w.index % 4, column, columns)
+            for bands, column, columns in w.state.pop("tcgen05_st", ()):
+                w.cta.tmem.settle_stores(w.thread, w.clock.item(w.thread), bands, column, columns)
 
     return Effect(run, aligned=True)
 
@@ -417,8 +412,8 @@ def _issue_copy(w: "Warp", pair: bool, form: _Copy, address: int, desc: int) -> 
     for cta in ctas:
         cta.smem.check_async_read_chunks(issue, chunks)
         cta.tmem.check_range(w.found, column, columns, "destination")
-        cta.tmem.check_write(w.found, issue.clock, issue.thread, WARPS, column, columns, "destination")
-        cta.tmem.note_write(issue.thread, issue.tick, WARPS, column, columns)
+        cta.tmem.check_write(w.found, issue.clock, issue.thread, ALL_BANDS, column, columns, "destination")
+        cta.tmem.note_write(issue.thread, issue.tick, ALL_BANDS, column, columns)
 
     def execute() -> None:
         for cta in ctas:

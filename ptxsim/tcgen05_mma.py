@@ -28,16 +28,16 @@ from ptxsim.findings import BAD_VALUE, TMEM_MISUSE, UNINITIALISED_READ, Unsuppor
 from ptxsim.mma_formats import FORMATS, SCALE_TABLES, bad_scales
 from ptxsim.ptx import Address, Imm, Instruction, Vector
 from ptxsim.registry import Effect, Reader, Source, decoder
+from ptxsim.tmem import ALL_BANDS, BAND, BANDS
 from ptxsim.values import Value, lane, lanes_of
 
 if TYPE_CHECKING:
-    from ptxsim.machine import CTA, Warp
+    from ptxsim.machine import CTA, Issue, Warp
     from ptxsim.memory import SharedMemory
     from ptxsim.tmem import TensorMemory
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
-ALL = slice(0, 4)
 K_BYTES = 32
 A_COLUMNS = K_BYTES // 4
 
@@ -377,20 +377,20 @@ def _submit(w: "Warp", op: _Operation) -> None:
             ("scale factors of A", op.a_scale, -(-a_rows // 32)),
             ("scale factors of B", op.b_scale, -(-b_rows // 32)),
         ]
-    if isinstance(op.a, int):
-        sources.append(("A", op.a, A_COLUMNS))
+    # M 64 leaves every other band of 16 lanes alone.
+    bands = slice(op.d_lane // BAND, BANDS, 2) if desc.m == 64 else ALL_BANDS
     for cta in op.ctas:
         tmem = cta.tmem
         cta.smem.check_async_read_chunks(issue, op.b.chunks)
-        if not isinstance(op.a, int):
+        if isinstance(op.a, int):
+            _check_source(w, tmem, issue, bands, "A", op.a, A_COLUMNS)
+        else:
             cta.smem.check_async_read_chunks(issue, op.a.chunks)
         for name, column, count in sources:
-            tmem.check_range(w.found, column, count, name)
-            tmem.check_read(w.found, issue.clock, ALL, column, count, name)
-            tmem.note_read(issue.thread, issue.tick, ALL, column, count)
+            _check_source(w, tmem, issue, ALL_BANDS, name, column, count)
         tmem.check_range(w.found, op.d_column, op.d_columns, "D")
-        tmem.check_write(w.found, issue.clock, issue.thread, ALL, op.d_column, op.d_columns, "D")
-        tmem.note_write(issue.thread, issue.tick, ALL, op.d_column, op.d_columns)
+        tmem.check_write(w.found, issue.clock, issue.thread, bands, op.d_column, op.d_columns, "D")
+        tmem.note_write(issue.thread, issue.tick, bands, op.d_column, op.d_columns)
     w.machine.counters["mma_flops"] += 2 * desc.m * desc.n * desc.k
 
     def execute() -> None:
@@ -403,6 +403,15 @@ def _submit(w: "Warp", op: _Operation) -> None:
 
     text = f"{desc.m}x{desc.n}x{desc.k} to column {op.d_column}"
     w.machine.engine.submit(AsyncOp("tensor", tensor_queue(w.cta), execute, text, issue))
+
+
+def _check_source(
+    w: "Warp", tmem: "TensorMemory", issue: "Issue", bands: slice, name: str, column: int, count: int
+) -> None:
+    """An operand in tensor memory."""
+    tmem.check_range(w.found, column, count, name)
+    tmem.check_read(w.found, issue.clock, bands, column, count, name)
+    tmem.note_read(issue.thread, issue.tick, bands, column, count)
 
 
 def _multiply(op: _Operation, found: Any) -> None:

@@ -1,6 +1,6 @@
 """Tensor memory of a CTA: 128 lanes of 512 32-bit columns, its allocation, validity and race shadows.
 
-Races are found at the granularity of one column in one quarter of the lanes (what one warp can reach): every access is
+Races are found at the granularity of one column in a band of 16 lanes (M 64 uses every other band): every access is
 stamped with its thread of the vector clocks when it is *issued*, and a later access must have that stamp in its past.
 
 * Tensor-core operations (mma, cp) of a CTA or pair execute in order, so they are one thread: the agent "tensor" of the
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 LANES = 128
 COLUMNS = 512
 QUARTER = 32
+BAND = 16
+BANDS = LANES // BAND
+ALL_BANDS = slice(0, BANDS)
 # The stamp of a tcgen05.st that no wait::st has completed: later than any clock.
 UNDER_WAY = 0xFFFFFFFF
 
@@ -63,9 +66,9 @@ class TensorMemory:
         self.f32 = self.data.view(np.float32)
         self.valid = np.zeros((LANES, COLUMNS), np.bool_)
         self._allocated = np.zeros(COLUMNS, np.bool_)
-        self._write_thread = np.zeros((4, COLUMNS), np.intp)
-        self._write_tick = np.zeros((4, COLUMNS), np.uint32)
-        # Thread -> newest stamp of its reads; a warp reads one quarter only, the tensor core any.
+        self._write_thread = np.zeros((BANDS, COLUMNS), np.intp)
+        self._write_tick = np.zeros((BANDS, COLUMNS), np.uint32)
+        # Thread -> newest stamp of its reads; a warp reads two bands only, the tensor core any.
         self._reads: dict[int, npt.NDArray[np.uint32]] = {}
         self._newest_read: dict[int, int] = {}
         self._ready = True
@@ -117,7 +120,7 @@ class TensorMemory:
             have = ", ".join(f"{n} at column {c}" for c, n in sorted(self.allocations.items())) or "nothing"
             found(TMEM_MISUSE, f"tcgen05.dealloc of {columns} columns at {address:#x}, but allocated is: {have}")
             return
-        self.check_write(found, clock, -1, slice(0, 4), start, columns, "deallocation")
+        self.check_write(found, clock, -1, ALL_BANDS, start, columns, "deallocation")
         del self.allocations[start]
         self._allocated[start : start + columns] = False
         self.valid[:, start : start + columns] = False
@@ -160,81 +163,81 @@ class TensorMemory:
         )
         self.valid[lanes, first : first + count] = True
 
-    def check_read(self, found: Found, clock: Clock, quarters: slice, first: int, count: int, what: str) -> None:
+    def check_read(self, found: Found, clock: Clock, bands: slice, first: int, count: int, what: str) -> None:
         """The last write of every cell must have happened before `clock`."""
-        ticks = self._write_tick[quarters, first : first + count]
-        threads = self._write_thread[quarters, first : first + count]
+        ticks = self._write_tick[bands, first : first + count]
+        threads = self._write_thread[bands, first : first + count]
         late = clock.take(threads) < ticks
         if b"\1" in late.tobytes():
-            self._report(found, "write", quarters, late, threads, ticks, first, what)
+            self._report(found, "write", bands, late, threads, ticks, first, what)
             ticks[late] = 0
 
     def check_write(
-        self, found: Found, clock: Clock, thread: int, quarters: slice, first: int, count: int, what: str
+        self, found: Found, clock: Clock, thread: int, bands: slice, first: int, count: int, what: str
     ) -> None:
         """The last write and all reads of every cell must have happened before `clock`.
 
         Args:
             thread: the writer; its own tcgen05.st that is still under way is no conflict. -1 if that does not apply.
         """
-        ticks = self._write_tick[quarters, first : first + count]
-        threads = self._write_thread[quarters, first : first + count]
+        ticks = self._write_tick[bands, first : first + count]
+        threads = self._write_thread[bands, first : first + count]
         late = clock.take(threads) < ticks
         if b"\1" in late.tobytes():
             late &= ~((threads == thread) & (ticks == UNDER_WAY))
             if late.any():
-                self._report(found, "write", quarters, late, threads, ticks, first, what)
+                self._report(found, "write", bands, late, threads, ticks, first, what)
         for reader, newest in self._newest_read.items():
             if clock[reader] >= newest:
                 continue
-            reads = self._reads[reader][quarters, first : first + count]
+            reads = self._reads[reader][bands, first : first + count]
             late = reads > clock[reader]
             if late.any():
-                self._report(found, "read", quarters, late, np.full(late.shape, reader), reads, first, what)
+                self._report(found, "read", bands, late, np.full(late.shape, reader), reads, first, what)
                 reads[late] = 0
 
     def _report(
         self,
         found: Found,
         kind: str,
-        quarters: slice,
+        bands: slice,
         late: npt.NDArray[np.bool_],
         threads: npt.NDArray[np.intp],
         ticks: npt.NDArray[np.uint32],
         first: int,
         what: str,
     ) -> None:
-        quarter, column = (int(i[0]) for i in np.nonzero(late))
-        who = self._name(int(threads[quarter, column]))
-        lanes = (quarters.start + quarter) * QUARTER
-        if kind == "write" and ticks[quarter, column] == UNDER_WAY:
+        band, column = (int(i[0]) for i in np.nonzero(late))
+        who = self._name(int(threads[band, column]))
+        lane = (bands.start + band * (bands.step or 1)) * BAND
+        if kind == "write" and ticks[band, column] == UNDER_WAY:
             text = f"a tcgen05.st of {who} that no tcgen05.wait::st has completed"
         else:
             text = f"a {kind} by {who}"
-        found(RACE, f"{what}: column {first + column}, lanes {lanes} to {lanes + 31}: not ordered behind {text}")
+        found(RACE, f"{what}: column {first + column}, lanes {lane} to {lane + 15}: not ordered behind {text}")
 
     def _name(self, thread: int) -> str:
         return thread_name(self._cta, thread)
 
     # Bookkeeping
 
-    def note_read(self, thread: int, tick: int, quarters: slice, first: int, count: int) -> None:
+    def note_read(self, thread: int, tick: int, bands: slice, first: int, count: int) -> None:
         """Stamps a read."""
         reads = self._reads.get(thread)
         if reads is None:
-            reads = self._reads[thread] = np.zeros((4, COLUMNS), np.uint32)
-        reads[quarters, first : first + count] = tick
+            reads = self._reads[thread] = np.zeros((BANDS, COLUMNS), np.uint32)
+        reads[bands, first : first + count] = tick
         self._newest_read[thread] = tick
 
-    def note_write(self, thread: int, tick: int, quarters: slice, first: int, count: int) -> None:
+    def note_write(self, thread: int, tick: int, bands: slice, first: int, count: int) -> None:
         """Stamps a write."""
-        self._write_thread[quarters, first : first + count] = thread
-        self._write_tick[quarters, first : first + count] = tick
+        self._write_thread[bands, first : first + count] = thread
+        self._write_tick[bands, first : first + count] = tick
 
-    def settle_stores(self, thread: int, tick: int, quarter: int, first: int, count: int) -> None:
+    def settle_stores(self, thread: int, tick: int, bands: slice, first: int, count: int) -> None:
         """tcgen05.wait::st: stores of `thread` that are under way complete."""
-        ticks = self._write_tick[quarter, first : first + count]
-        mine = (self._write_thread[quarter, first : first + count] == thread) & (ticks == UNDER_WAY)
+        ticks = self._write_tick[bands, first : first + count]
+        mine = (self._write_thread[bands, first : first + count] == thread) & (ticks == UNDER_WAY)
         ticks[mine] = tick
 
 

@@ -52,7 +52,7 @@ class Trace:
         self.spans.append(Span(cta, f"warp {warp}", text, start, end, args))
 
     def to_json(self) -> dict[str, Any]:
-        """The timeline in the Trace Event Format that Perfetto and chrome://tracing read (one instruction = one microsecond)."""
+        """The timeline in the Trace Event Format of Perfetto and chrome://tracing; one instruction is one microsecond."""
         lanes = sorted({(span.cta, span.lane) for span in self.spans}, key=_lane_order)
         numbers = {lane: i + 1 for i, lane in enumerate(lanes)}
         events: list[dict[str, Any]] = []

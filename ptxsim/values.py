@@ -30,14 +30,14 @@ LANE_BITS = np.uint32(1) << LANE_IDS
 
 def lanes32(value: Value) -> U32:
     """The value as 32 lanes of uint32 (a fresh array for an int; else the array itself: do not write to it)."""
-    return np.full(LANES, value, np.uint32) if value.__class__ is int else value  # type: ignore[return-value]
+    return np.full(LANES, value, np.uint32) if value.__class__ is int else value
 
 
 def lanes64(value: Value) -> U64:
     """The value as 32 lanes of uint64; widens uint32 arrays."""
     if value.__class__ is int:
         return np.full(LANES, value, np.uint64)
-    return value.astype(np.uint64) if value.dtype != np.uint64 else value  # type: ignore[union-attr,return-value]
+    return value.astype(np.uint64) if value.dtype != np.uint64 else value
 
 
 def signed64(value: Value, width: int) -> npt.NDArray[np.int64]:
@@ -81,17 +81,17 @@ def first_lane(mask: int) -> int:
 
 def lane(value: Value, index: int) -> int:
     """One lane of a value, as int."""
-    return value if value.__class__ is int else int(value[index])  # type: ignore[index,return-value]
+    return value if value.__class__ is int else int(value[index])
 
 
 def uniform(value: Value, mask: int) -> int | None:
     """The value that all lanes of `mask` share, or None if they differ."""
     if value.__class__ is int:
-        return value  # type: ignore[return-value]
+        return value
     if mask == FULL:
-        first = value[0]  # type: ignore[index]
-        return int(first) if (value == first).all() else None  # type: ignore[union-attr]
-    picked = value[bools(mask)]  # type: ignore[index]
+        first = value[0]
+        return int(first) if (value == first).all() else None
+    picked = value[bools(mask)]
     return int(picked[0]) if (picked == picked[0]).all() else None
 
 
@@ -99,24 +99,24 @@ def compress(value: Value) -> Value:
     """An int if all lanes agree, else the array: for results that are often uniform (shfl, shared loads)."""
     if value.__class__ is int:
         return value
-    first = value[0]  # type: ignore[index]
-    return int(first) if (value == first).all() else value  # type: ignore[union-attr]
+    first = value[0]
+    return int(first) if (value == first).all() else value
 
 
-def merge(old: Value | tuple | None, new: Value | tuple, mask: int) -> Value | tuple:
+def merge(old: Value, new: Value, mask: int) -> Value:
     """`new` in the lanes of `mask`, `old` elsewhere; a register never written before takes `new` in every lane."""
     if old is None or mask == FULL:
         return new
     if new.__class__ is tuple:
-        return tuple(merge(o, n, mask) for o, n in zip(old, new, strict=True))  # type: ignore[arg-type]
+        return tuple(merge(o, n, mask) for o, n in zip(old, new, strict=True))
     if old.__class__ is int and new.__class__ is int:
         if old == new:
             return old
-        wide = old > M32 or new > M32  # type: ignore[operator]
+        wide = old > M32 or new > M32
         dtype = np.uint64 if wide else np.uint32
-        return np.where(bools(mask), dtype(new), dtype(old))  # type: ignore[return-value]
+        return np.where(bools(mask), dtype(new), dtype(old))
     if old.__class__ is int:  # a 64-bit register may hold a short array beside a long int
-        old = np.asarray(old, np.uint64 if old > M32 else new.dtype)  # type: ignore[operator,union-attr]
+        old = np.asarray(old, np.uint64 if old > M32 else new.dtype)
     elif new.__class__ is int:
-        new = np.asarray(new, np.uint64 if new > M32 else old.dtype)  # type: ignore[operator,union-attr]
-    return np.where(bools(mask), new, old)  # type: ignore[return-value]
+        new = np.asarray(new, np.uint64 if new > M32 else old.dtype)
+    return np.where(bools(mask), new, old)

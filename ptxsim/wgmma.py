@@ -190,7 +190,7 @@ def _stacked(w: "Warp", registers: Sequence[Value | None]) -> U32:
     if any(value is None for value in registers):
         w.found(UNINITIALISED_READ, "an accumulator register that was never written, with scale-d true")
         registers = [0 if value is None else value for value in registers]
-    return np.stack([lanes32(value) for value in registers])  # type: ignore[arg-type]
+    return np.stack([lanes32(value) for value in registers])
 
 
 def _accumulated(w: "Warp", form: _Form, product: F32, old: list[Value] | None) -> list[U32]:

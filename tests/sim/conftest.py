@@ -7,8 +7,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("CUTE_DSL_ARCH", "sm_100a")
 os.environ.setdefault("CUTE_DSL_LINEINFO", "1")
 
-import pytest
-
 from ptxsim.testing import matrix
 
 __all__ = ["matrix"]

@@ -249,9 +249,14 @@ def release_before_reading(t: Text) -> None:
     t.add(first, text.replace(count, "1"))
 
 
-def no_barrier_before_dealloc(t: Text) -> None:
-    line = t.one(r"tcgen05\.dealloc")
-    t.drop(max(i for i in t.find(EPILOGUE_BARRIER) if i < line))
+def no_barrier_before_store(t: Text) -> None:
+    store = t.one(STORE, 0, 2)
+    t.drop(max(i for i in t.find(EPILOGUE_BARRIER) if i < store))
+
+
+def no_barrier_behind_wait_group(t: Text) -> None:
+    waited = t.find(WAIT_READ)[0]
+    t.drop(min(i for i in t.find(EPILOGUE_BARRIER) if i > waited))
 
 
 def unswizzled_store(t: Text) -> None:
@@ -313,8 +318,8 @@ BUGS = [
     bug("stage's commit goes to the accumulator's barrier", "barrier-overarrival", commit_to_the_other_barrier),
     bug("fence.proxy.async removed, first store", "missing-proxy-fence", drop(FENCE_ASYNC, 0, 2)),
     bug("fence.proxy.async removed, second store", "missing-proxy-fence", drop(FENCE_ASYNC, 1, 2)),
-    bug("no barrier before the TMA store", "race | uninitialised-read", drop(EPILOGUE_BARRIER, 1, 5)),
-    bug("no barrier behind wait_group", "race", drop(EPILOGUE_BARRIER, 0, 5)),
+    bug("no barrier before the TMA store", "race | uninitialised-read", no_barrier_before_store),
+    bug("no barrier behind wait_group", "race", no_barrier_behind_wait_group),
     bug("wait_group.read 0 becomes 1", "race", change_all(WAIT_READ, 3, "0;", "1;")),
     bug("no wait_group.read before D is overwritten", "race", drop(WAIT_READ, 1, 3)),
     bug("no final wait_group.read", "shared-in-use-at-exit", drop(WAIT_READ, 2, 3)),
@@ -331,7 +336,6 @@ BUGS = [
     bug("tensor memory is not given back", "tmem-in-use-at-exit", drop(r"tcgen05\.dealloc")),
     bug("dealloc of fewer columns", "tmem-misuse", deallocate(128)),
     bug("alloc of too few columns", "tmem-misuse", allocate(128)),
-    bug("dealloc while other warps still read", "race", no_barrier_before_dealloc),
     bug("accumulator's barrier expects 127 arrivals", "barrier-overarrival", init_count(acc_empty, 127)),
     bug("accumulator's barrier expects 129 arrivals", "deadlock", init_count(acc_empty, 129)),
     bug("stage's barrier expects 2 arrivals", "deadlock", init_count(ab_full, 2)),
@@ -367,7 +371,7 @@ BUGS = [
     bug("right half of D is not stored", "output-not-written", second_store_gone),
     bug("every second tile skipped", "output-not-written", skip_every_second_tile),
     bug("tcgen05.wait::ld by half a warp", "divergence", half_a_warp(r"tcgen05\.wait::ld", 0, 2)),
-    bug("bar.sync by half a warp", "divergence", half_a_warp(EPILOGUE_BARRIER, 0, 5)),
+    bug("bar.sync by half a warp", "divergence", half_a_warp(EPILOGUE_BARRIER, 0, None)),
     bug("MMA of 256 rows in one CTA", REFUSED, twice_the_rows),
 ]
 
@@ -397,7 +401,7 @@ HOST_BUGS = [
     bug("128 threads instead of 192", "launch", host=change_launch(block=(128, 1, 1))),
     bug("cluster does not divide the grid", "launch", host=change_launch(cluster=(2, 1, 1))),
     bug("shared memory 16 bytes short", "out-of-bounds", host=less_shared_memory),
-    bug("rows of A's box are no multiple of 16 bytes", "tensormap", host=change_map(0, box=lambda b: (24, b[1]))),
+    bug("odd number of 4-bit elements in a row", "tensormap", host=change_map(0, dims=lambda d: (d[0] - 1, d[1]))),
     bug("map of A starts at an odd address", "tensormap", host=change_map(0, global_address=lambda a: a + 4)),
     bug("map of A has a row too many", "out-of-bounds", host=change_map(0, dims=lambda d: (d[0], d[1] + 1))),
     bug("map of D has a row too many", "out-of-bounds", host=change_map(4, dims=lambda d: (d[0], d[1] + 1))),

@@ -18,9 +18,7 @@ from seeding import (
     change_launch,
     change_map,
     drop,
-    drop_all,
     drop_wait,
-    every_lane,
     half_a_warp,
     replaced,
     shorten,
@@ -323,6 +321,13 @@ WGMMA: list[Bug] = [
     ),
     bug("steps do not accumulate", WRONG, lambda t: t.drop(*t.find(r"setp\.eq\.u32 %p5", 4))),
 ]
+
+
+def misaligned_tensor(t: Text) -> None:
+    line = t.one(r"tensormap\.replace\.tile\.global_address")
+    t.change(line, "%g1;", "%d4;")
+    t.add(line, "add.u64 %d4, %g1, 4;")
+
 
 DEVICE_MAP: list[Bug] = [
     bug("no acquire of the changed map", "missing-proxy-fence", drop(r"fence\.proxy\.tensormap")),

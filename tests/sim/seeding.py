@@ -149,7 +149,7 @@ Edit = Callable[[Text], None]
 # ---- edits ----------------------------------------------------------------------------------------------------------
 
 
-def drop(pattern: str, at: int = 0, of: int = 1) -> Edit:
+def drop(pattern: str, at: int = 0, of: int | None = 1) -> Edit:
     """An instruction is missing: match number `at` among `of`."""
     return lambda t: t.drop(t.one(pattern, at, of))
 
@@ -179,7 +179,7 @@ def drop_wait(at: int, of: int) -> Edit:
     return lambda t: t.drop_wait(t.waits(of=of)[at])
 
 
-def half_a_warp(pattern: str, at: int = 0, of: int = 1) -> Edit:
+def half_a_warp(pattern: str, at: int = 0, of: int | None = 1) -> Edit:
     """An instruction is executed by the upper half of each warp alone."""
 
     def edit(t: Text) -> None:
@@ -192,7 +192,7 @@ def half_a_warp(pattern: str, at: int = 0, of: int = 1) -> Edit:
     return edit
 
 
-def every_lane(pattern: str, at: int = 0, of: int = 1) -> Edit:
+def every_lane(pattern: str, at: int = 0, of: int | None = 1) -> Edit:
     """The branch around an instruction, which kept all lanes or warps but one out, is missing."""
 
     def edit(t: Text) -> None:

@@ -75,7 +75,7 @@ def test_a_finding_has_place_and_line():
     finding = report.findings[0]
     assert (finding.code, finding.kernel, finding.cta, finding.warp) == ("out-of-bounds", "copy", 0, 1)
     assert COPY.splitlines()[finding.ptx_line - 1].startswith("ld.global")
-    with pytest.raises(ptxsim.FindingsError, match="out-of-bounds.*CTA 0, warp 1, PTX line 17"):
+    with pytest.raises(ptxsim.FindingsError, match=r"out-of-bounds.*CTA 0, warp 1, PTX line 17"):
         report.check()
 
 
@@ -209,7 +209,7 @@ def test_matrix_prints_a_line_a_case_and_reports_every_failure():
         seen.append((policy, seed, m))
         assert m != 2 or policy != "lazy", "two is too lazy"
 
-    with pytest.raises(AssertionError, match="1 case.*\nm=2 lazy seed=0: two is too lazy"):
+    with pytest.raises(AssertionError, match=r"1 case.*\nm=2 lazy seed=0: two is too lazy"):
         Matrix(lines.append)(case, m=(1, 2), seeds=(0, 1))
     assert len(lines) == len(seen) == 2 * 4
     assert sum("FAILED" in line for line in lines) == 1

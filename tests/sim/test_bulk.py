@@ -597,7 +597,8 @@ def test_tensor_reduction_of_integers(operation):
     want = INTEGERS[operation](target, source).astype(np.uint32)
     m = row_major(target, "u32", (16, 16), (16, 16))
     text = store_text().replace(
-        "cp.async.bulk.tensor.2d.global.shared::cta", "cp.reduce.async.bulk.tensor.2d.global.shared::cta." + operation
+        "cp.async.bulk.tensor.2d.global.shared::cta",
+        "@%first cp.reduce.async.bulk.tensor.2d.global.shared::cta." + operation,
     )
     clean(text, [target, source], [m])
     assert (target == want).all()
@@ -621,17 +622,30 @@ def test_tensor_reduction_of_floats(dtype):
         rounding = 2.0**-11 if dtype == "f16" else 2.0**-24
     m = row_major(stored[0], dtype, (n // 8, 8), (n // 8, 8))
     text = store_text().replace(
-        "cp.async.bulk.tensor.2d.global.shared::cta", "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add"
+        "cp.async.bulk.tensor.2d.global.shared::cta", "@%first cp.reduce.async.bulk.tensor.2d.global.shared::cta.add"
     )
     clean(text, stored, [m])
     assert (np.abs(got(stored[0]) - exact) <= np.abs(exact) * rounding).all()
+
+
+def test_reductions_count_for_every_lane():
+    """A reduction runs once for each lane that executes it, as an H200 showed."""
+    for guard, times in (("@%first", 1), ("@%p1", 3), ("", 32)):
+        target, source = aligned(np.zeros(256, np.uint32)), bytes_of(2, 1024).view(np.uint32)
+        m = row_major(target, "u32", (16, 16), (16, 16))
+        text = "setp.lt.u32 %p1, %lane, 3;" + store_text().replace(
+            "cp.async.bulk.tensor.2d.global.shared::cta",
+            guard + " cp.reduce.async.bulk.tensor.2d.global.shared::cta.add",
+        )
+        clean(text, [target, source], [m])
+        assert (target == source * np.uint32(times)).all()
 
 
 def test_reductions_that_do_not_exist():
     target, source = bytes_of(1, 1024), bytes_of(2, 1024)
     m = box16(target)
     text = store_text().replace(
-        "cp.async.bulk.tensor.2d.global.shared::cta", "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add"
+        "cp.async.bulk.tensor.2d.global.shared::cta", "@%first cp.reduce.async.bulk.tensor.2d.global.shared::cta.add"
     )
     assert codes(text, [target, source], [m]) == {"tensormap"}
     with pytest.raises(Unsupported):

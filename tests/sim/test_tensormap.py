@@ -1,7 +1,7 @@
 """Tensor maps against the driver's own, against those CuTe DSL packs, and swizzles against a table by row.
 
-tensormap_driver.jsonl holds what cuTensorMapEncodeTiled of CUDA 13.0 (driver 580) answered on an H200: its arguments and
-the first 64 bytes of the map, or null where it refused.
+tests/data/probes/tensormap_driver.jsonl holds what cuTensorMapEncodeTiled of CUDA 13.0 answered on an H200: where and
+when, then line by line its arguments and the first 64 bytes of the map, or null where it refused.
 """
 
 import json
@@ -39,7 +39,8 @@ PLAIN = TensorMap(
 
 
 def driver_cases():
-    for line in Path(__file__).with_name("tensormap_driver.jsonl").read_text().splitlines():
+    recorded = Path(__file__).resolve().parents[1] / "data" / "probes" / "tensormap_driver.jsonl"
+    for line in recorded.read_text().splitlines()[1:]:
         fields = json.loads(line)
         packed = fields.pop("map")
         for name in ("dims", "strides_bytes", "box", "element_strides"):

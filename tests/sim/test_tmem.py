@@ -8,7 +8,11 @@ import pytest
 from ptxsim.findings import RACE, TMEM_IN_USE, TMEM_MISUSE, UNINITIALISED_READ, Stop
 from ptxsim.tmem import UNDER_WAY, TensorMemory
 
-ALL = slice(0, 4)
+ALL = slice(0, 8)
+
+
+def quarter(number):
+    return slice(2 * number, 2 * number + 2)
 
 
 class Found(list):
@@ -102,18 +106,18 @@ def test_read_behind_a_write(tmem, found):
     tmem.check_read(found, clock(0, 0, 0, 0, 0, 0, 3), ALL, 10, 4, "read")
     tmem.check_read(found, clock(0, 0, 0, 0, 0, 0, 2), ALL, 14, 4, "read")
     assert not found
-    tmem.check_read(found, clock(0, 0, 0, 0, 0, 0, 2), slice(2, 3), 13, 4, "read")
+    tmem.check_read(found, clock(0, 0, 0, 0, 0, 0, 2), quarter(2), 13, 4, "read")
     assert found.codes == [RACE]
-    assert "column 13, lanes 64 to 95" in found[0][1]
+    assert "column 13, lanes 64 to 79" in found[0][1]
     assert "tensor" not in found[0][1]  # thread 6 is the third agent, "copy"
 
 
 def test_write_behind_reads_of_several_warps(tmem, found):
     tmem.allocate(found, 512)
-    tmem.note_read(1, 5, slice(1, 2), 0, 8)
-    tmem.note_read(2, 7, slice(2, 3), 0, 8)
+    tmem.note_read(1, 5, quarter(1), 0, 8)
+    tmem.note_read(2, 7, quarter(2), 0, 8)
     tmem.check_write(found, clock(0, 5, 7), 5, ALL, 0, 8, "write")
-    tmem.check_write(found, clock(0, 4, 7), 5, slice(2, 3), 0, 8, "write")
+    tmem.check_write(found, clock(0, 4, 7), 5, quarter(2), 0, 8, "write")
     tmem.check_write(found, clock(0, 4, 7), 5, ALL, 8, 8, "write")
     assert not found
     tmem.check_write(found, clock(0, 5, 6), 5, ALL, 4, 8, "write")
@@ -123,21 +127,35 @@ def test_write_behind_reads_of_several_warps(tmem, found):
 
 def test_stores_under_way(tmem, found):
     tmem.allocate(found, 512)
-    tmem.note_write(1, UNDER_WAY, slice(1, 2), 0, 8)
-    tmem.check_write(found, clock(0, 3), 1, slice(1, 2), 0, 8, "write")
+    tmem.note_write(1, UNDER_WAY, quarter(1), 0, 8)
+    tmem.check_write(found, clock(0, 3), 1, quarter(1), 0, 8, "write")
     assert not found
-    tmem.settle_stores(1, 3, 1, 0, 4)
-    tmem.check_read(found, clock(0, 3), slice(1, 2), 0, 4, "read")
+    tmem.settle_stores(1, 3, quarter(1), 0, 4)
+    tmem.check_read(found, clock(0, 3), quarter(1), 0, 4, "read")
     assert not found
-    tmem.check_read(found, clock(0, 3), slice(1, 2), 0, 8, "read")
+    tmem.check_read(found, clock(0, 3), quarter(1), 0, 8, "read")
     assert found.codes == [RACE]
     assert "tcgen05.st of warp 1" in found[0][1]
 
 
 def test_settling_leaves_later_writes_alone(tmem, found):
     tmem.allocate(found, 512)
-    tmem.note_write(1, UNDER_WAY, slice(1, 2), 0, 8)
+    tmem.note_write(1, UNDER_WAY, quarter(1), 0, 8)
     tmem.note_write(5, 9, ALL, 0, 8)
-    tmem.settle_stores(1, 3, 1, 0, 8)
-    tmem.check_read(found, clock(0, 3), slice(1, 2), 0, 8, "read")
+    tmem.settle_stores(1, 3, quarter(1), 0, 8)
+    tmem.check_read(found, clock(0, 3), quarter(1), 0, 8, "read")
     assert found.codes == [RACE]
+
+
+def test_bands_of_m_64_are_apart(tmem, found):
+    tmem.allocate(found, 512)
+    tmem.note_write(5, 9, slice(0, 8, 2), 0, 8)
+    tmem.check_read(found, clock(), slice(1, 8, 2), 0, 8, "read")
+    tmem.check_read(found, clock(), slice(5, 6), 0, 8, "read")
+    assert not found
+    tmem.check_read(found, clock(), slice(6, 7), 0, 8, "read")
+    tmem.note_read(3, 9, slice(0, 8, 2), 0, 8)
+    tmem.check_write(found, clock(0, 0, 0, 0, 0, 9), 5, slice(4, 8, 2), 0, 8, "write")
+    assert found.codes == [RACE, RACE]
+    assert "lanes 96 to 111" in found[0][1]
+    assert "lanes 64 to 79" in found[1][1]

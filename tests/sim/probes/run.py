@@ -1,5 +1,6 @@
 """Runs a probe in the simulator."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,21 @@ def aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return view
 
 
-def simulated(case: Case, policy: str, seed: int = 0) -> tuple[dict[str, np.ndarray[Any, Any]], Report]:
-    """Run a probe; return its output buffers as bytes, and the report."""
+def simulated(
+    case: Case, policy: str, seed: int = 0, maps: Sequence[bytes] = ()
+) -> tuple[dict[str, np.ndarray[Any, Any]], Report]:
+    """Run a probe; return its output buffers as bytes, and the report.
+
+    `maps` are the tensor maps that the driver made on the GPU, if they are known; their addresses are replaced.
+    """
     arrays = {name: aligned_copy(array) for name, array in case.buffers.items()}
     params = [array.ctypes.data.to_bytes(8, "little") for array in arrays.values()]
-    for tensor in case.maps:
-        params.append(tensormap.encode(as_simulated(tensor, arrays[tensor.buffer].ctypes.data + tensor.offset)))
+    for i, tensor in enumerate(case.maps):
+        address = arrays[tensor.buffer].ctypes.data + tensor.offset
+        if maps:
+            params.append(address.to_bytes(8, "little") + maps[i][8:])
+        else:
+            params.append(tensormap.encode(as_simulated(tensor, address)))
     launch = Launch(
         ptx=case.ptx,
         entry="probe",
