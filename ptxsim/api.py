@@ -103,7 +103,7 @@ def run(
         compiled: JIT, TVM-FFI or AOT function.
         *args: what it takes: CPU tensors, pointers, scalars.
         outputs: tensors that count as uninitialised before the launch and must be written completely.
-        memory: further tensors that pointers among the arguments refer to.
+        memory: further tensors that pointers and CuTe tensors among the arguments refer to.
         policy, seed, trace, resident_clusters: as simulate.
         check: raise if there is a finding.
         ptx: the kernels' text, for an AOT object that has none beside it.
@@ -148,7 +148,9 @@ def _buffers(args: Sequence[Any], outputs: Sequence[Any], memory: Sequence[Any])
             buffers.setdefault(item.address, item)
             continue
         inner = getattr(item, "tensor", item)
-        if not hasattr(inner, "data_ptr") and not hasattr(inner, "__array_interface__"):
+        is_torch = hasattr(inner, "data_ptr") and hasattr(inner, "element_size")
+        if not is_torch and not hasattr(inner, "__array_interface__"):
+            # Scalars, streams, pointers and CuTe tensors: what the last two point to comes in `memory`.
             continue
         buffer = Buffer.of(inner, name=f"tensor {i}")
         buffers.setdefault(buffer.address, buffer)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["async_copy"]
 
 # The clock thread of stores is not that of loads: a warp that saw later loads complete has not waited for its stores.
-LOAD_AGENT, STORE_AGENT = "tma", "copy"
+LOAD_AGENT, STORE_AGENT = "tma", "store"
 _OFFSET_MASK = 0xFFFFFF
 
 

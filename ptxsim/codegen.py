@@ -228,6 +228,8 @@ class _Liveness:
     def __init__(self, program: Program) -> None:
         homes: dict[int, set[int]] = {}
         self.escapes: set[int] = set()
+        # Registers that every way into a segment has written, as bits.
+        self.assigned = [-1] * len(program.segments)
         for segment in program.segments:
             defined: set[int] = set()
             for i in range(segment.start, segment.end):
@@ -241,6 +243,31 @@ class _Liveness:
                         self.escapes.add(reg.index)
                     defined.add(reg.index)
         self.escapes.update(index for index, where in homes.items() if len(where) > 1)
+        self._assign(program)
+
+    def _assign(self, program: Program) -> None:
+        """Definite assignment: all ones, and then what each way in takes away, until nothing changes."""
+        gains = []
+        for segment in program.segments:
+            gain = 0
+            for i in range(segment.start, segment.end):
+                ins = program.kernel.instructions[i]
+                if ins.guard is None:
+                    for reg in _uses(ins, program.decoded[i])[1]:
+                        gain |= 1 << reg.index
+            gains.append(gain)
+        if not program.segments:
+            return
+        self.assigned[0] = 0
+        changed = [0]
+        while changed:
+            number = changed.pop()
+            out = self.assigned[number] | gains[number]
+            for successor in program.segments[number].successors:
+                entry = self.assigned[successor] & out
+                if entry != self.assigned[successor]:
+                    self.assigned[successor] = entry
+                    changed.append(successor)
 
 
 def _uses(ins: Instruction, item: Pure | Effect | None) -> tuple[tuple[Reg, ...], tuple[Reg, ...]]:
@@ -274,7 +301,11 @@ class _Writer:
     def read(self, reg: Reg, indent: int) -> str:
         if reg.index not in self.known:
             # Always at the function's own level: a load inside a guarded block would not be seen behind it.
-            self.add(f"v{reg.index} = R[{reg.index}]", 1 if indent == 1 else indent)
+            self.add(f"v{reg.index} = R[{reg.index}]", indent)
+            if not self.use.assigned[self.segment.number] >> reg.index & 1:
+                # Compilers leave registers undefined whose content does not matter, such as the upper half of a lone b16.
+                nothing = "0" if reg.width <= 64 else "(0, 0)"
+                self.add(f"if v{reg.index} is None: v{reg.index} = {nothing}", indent)
             if indent == 1:
                 self.known.add(reg.index)
         return f"v{reg.index}"

@@ -33,7 +33,7 @@ from ptxsim.tmem import TensorMemory
 from ptxsim.values import FULL, LANE_IDS, Value, lanes_of
 
 Clock = npt.NDArray[np.uint32]
-AGENTS = ("tma", "tensor", "copy")
+AGENTS = ("tma", "tensor", "copy", "store")
 SHARED_BASE = 0x400
 POLICIES = ("eager", "random", "lazy")
 QUANTUM = {"eager": 512, "random": 64, "lazy": 512}
@@ -692,6 +692,9 @@ class Machine:
                     self.runnable.rotate(rng.randrange(len(self.runnable)))
                 warp = self.runnable.popleft()
                 warp.queued = False
+                if warp.done:
+                    # It woke one of its own paths, which the rest of that turn then finished.
+                    continue
                 self.running = warp
                 if self._run_warp(warp, quantum):
                     self.make_runnable(warp)

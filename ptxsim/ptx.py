@@ -222,8 +222,8 @@ _VAR_DECL = re.compile(
     re.S,
 )
 _PARAM = re.compile(
-    r"\.param\s+(?:\.align\s+(?P<align0>\d+)\s+)?\.(?P<type>\w+)\s+(?:\.ptr\s*(?:\.\w+\s*)*(?:\.align\s+\d+\s+)?)?"
-    r"(?P<name>[\w$%]+)\s*(?:\[(?P<count>\d+)\])?"
+    r"\.param\s+(?:\.align\s+(?P<align0>\d+)\s+)?\.(?P<type>\w+)\s+(?:\.ptr\s*(?:\.(?!align)\w+\s*)*(?:\.align\s+\d+\s+)?)?"
+    r"(?P<name>[A-Za-z_$%][\w$%]*)\s*(?:\[(?P<count>\d+)\])?\s*$"
 )
 
 

@@ -22,6 +22,7 @@ TMA_BYTES = 16
 # The 128-byte swizzle repeats after 8 rows; a buffer starts where a period does.
 SWIZZLE_BYTES = 1024
 WARP = 32
+LOG2_E = 1.4426950408889634
 # K of one MMA of FP4, and elements of K in a scale tile.
 MMA_K = 64
 SF_TILE_K = TILE_COLUMNS * NVFP4.block_size
@@ -95,18 +96,40 @@ def tma_partition(tma: cute.CopyAtom, s_tensor: cute.Tensor, g_tensor: cute.Tens
     )
 
 
-def sf_to_tmem(s_sf: cute.Tensor, t_sf: cute.Tensor) -> tuple[Any, Any, Any]:
+def sf_to_tmem(
+    s_sf: cute.Tensor, t_sf: cute.Tensor, cta_group: tcgen05.CtaGroup = tcgen05.CtaGroup.ONE
+) -> tuple[Any, Any, Any]:
     """Returns the copy of scales to TMEM, its source (..., stage) and its destination.
 
-    A tcgen05.cp moves 32 rows of 16 bytes into each of the four quarters of the lanes.
+    A tcgen05.cp moves 32 rows of 16 bytes into each of the four quarters of the lanes. Of a pair of CTAs each copies its
+    own shared memory to its own TMEM, all by one instruction of the first.
     """
-    atom = cute.make_copy_atom(tcgen05.Cp4x32x128bOp(tcgen05.CtaGroup.ONE), cutlass.Float8E4M3FN)
+    atom = cute.make_copy_atom(tcgen05.Cp4x32x128bOp(cta_group), cutlass.Float8E4M3FN)
     # One scale stands for 16 elements with stride 0; it is copied once.
     s_compact, t_compact = cute.filter_zeros(s_sf), cute.filter_zeros(t_sf)
     tiled_copy = tcgen05.make_s2t_copy(atom, t_compact)
     thr_copy = tiled_copy.get_slice(0)
     source = tcgen05.get_s2t_smem_desc_tensor(tiled_copy, thr_copy.partition_S(s_compact))
     return tiled_copy, source, thr_copy.partition_D(t_compact)
+
+
+@cute.jit
+def swiglu(gate: cutlass.Float32, up: cutlass.Float32, limit: cutlass.Float32) -> cutlass.Float32:
+    """h = silu(min(gate, limit)) * clamp(up, -limit, limit), as cutedsl.reference.swiglu.
+
+    Args:
+        gate, up: FP32.
+        limit: positive; infinity for no clamp.
+
+    Numerics: FP32; NaN stays NaN, infinite arguments give what the reference gives. silu(g) is g * rcp(1 + ex2(-g log2 e))
+    with the hardware's approximations: relative error below 2^-21 + |min(g, 0)| * 2^-23, to which the argument of ex2
+    adds the second term. Where the exact silu is below 2^-118 in magnitude (g < -86) it may be 0.
+    Source: PTX ISA, "ex2" (2^-22.5), "rcp" (1 ulp), "min" and "max" (.NaN).
+    """
+    gate = cute.arch.fmin(gate, limit, nan=True)
+    up = cute.arch.fmin(cute.arch.fmax(up, -limit, nan=True), limit, nan=True)
+    sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(gate * -LOG2_E, fastmath=True))
+    return gate * sigmoid * up
 
 
 def before_thread_sync() -> None:

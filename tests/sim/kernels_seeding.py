@@ -15,9 +15,9 @@ from ptxsim.memory import Buffer
 
 prepare_environment()
 
-# Every pipeline is as short as it can be: each barrier wraps often. 4 tiles of 2 steps by one CTA; ragged m, n and k.
+# Every pipeline is as short as it can be: each barrier wraps often. 3 tiles of 2 steps by one CTA; ragged m, n and k.
 LINEAR = Config(tile_n=128, num_ab_stages=2, num_acc_stages=1, num_d_stages=1)
-M, N, K = 200, 136, 320
+M, N, K = 72, 264, 320
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 

@@ -44,6 +44,7 @@ class Small:
     cluster: int = 1
     shared: int = asm_kit.SHARED
     target: str = "sm_100a"
+    directives: str = ""
 
     def prepare(self, kept: Sequence[np.ndarray]) -> Prepared:
         """Fresh memory, inputs copied from `kept`, and a launch."""
@@ -59,7 +60,7 @@ class Small:
         pointers = [buffer.address.to_bytes(8, "little") for buffer in memory]
         packed = [tensormap.encode(m) for m in self.maps]
         launch = Launch(
-            ptx=asm_kit.kernel(self.body, len(memory), len(packed), self.block, self.target, ""),
+            ptx=asm_kit.kernel(self.body, len(memory), len(packed), self.block, self.target, self.directives),
             entry="k",
             grid=(self.grid, 1, 1),
             block=(self.block, 1, 1),
@@ -514,7 +515,7 @@ setp.lt.u32 %p3, %r1, 4;
 @%p3 bra LOAD;
 bra OVER;
 CONSUME:
-setmaxnreg.inc.sync.aligned.u32 232;
+setmaxnreg.inc.sync.aligned.u32 216;
 mov.b32 %r20, 0;
 mov.b32 %r21, 0;
 mov.b32 %r22, 0;
@@ -566,6 +567,7 @@ OVER:
         [a @ b.T],
         maps=[_matrix_map(a_bits, "bf16", (64, 64), 3), _matrix_map(b_bits, "bf16", (64, 8), 3)],
         block=256,
+        directives=".maxnreg 128",
         shared=2 * WGMMA_STAGE + 64,
         target="sm_90a",
     )

@@ -277,14 +277,21 @@ class Outcome:
         return self.codes[0] if self.codes else NOTHING
 
 
-def run_once(base: Base, policy: str, seed: int = 0, seeded: Bug | None = None) -> Outcome:
-    """Runs a base kernel, with a bug if one is given."""
+def edited(base: Base, seeded: Bug | None) -> str:
+    """The text of a base kernel, with a bug if one is given."""
+    original = base.prepare().launch.ptx
+    if seeded is None or seeded.edit is None:
+        return original
+    text = Text(original)
+    seeded.edit(text)
+    assert str(text) != original, f"{seeded.name}: the edit changed nothing"
+    return str(text)
+
+
+def run_once(base: Base, policy: str, seed: int, seeded: Bug | None, ptx: str) -> Outcome:
+    """Runs a base kernel with the given text."""
     prepared = base.prepare()
-    if seeded is not None and seeded.edit is not None:
-        text = Text(prepared.launch.ptx)
-        seeded.edit(text)
-        assert str(text) != prepared.launch.ptx, f"{seeded.name}: the edit changed nothing"
-        prepared = replace(prepared, launch=replace(prepared.launch, ptx=str(text)))
+    prepared = replace(prepared, launch=replace(prepared.launch, ptx=ptx))
     if seeded is not None and seeded.host is not None:
         prepared = seeded.host(prepared)
     try:
@@ -298,9 +305,9 @@ def run_once(base: Base, policy: str, seed: int = 0, seeded: Bug | None = None) 
 
 def run_all(base: Base, seeded: Bug | None = None) -> dict[str, list[Outcome]]:
     """Runs a base kernel in every policy, `random` with several seeds."""
-    known = set(api._programs)
-    outcomes = {policy: [run_once(base, policy, seed, seeded) for seed in SEEDS[policy]] for policy in POLICIES}
-    # A text that is run this once need not stay compiled.
+    ptx, known = edited(base, seeded), set(api._programs)
+    outcomes = {policy: [run_once(base, policy, seed, seeded, ptx) for seed in SEEDS[policy]] for policy in POLICIES}
+    # An edited text is not run again: it need not stay compiled.
     for key in set(api._programs) - known:
         if seeded is not None:
             del api._programs[key]

@@ -14,8 +14,8 @@ import pytest
 from conformance import flashinfer_dense, flashinfer_moe, packages
 from conformance.driver import Case
 
-from ptxsim import api, boxes, bulk, descriptors, groups, tcgen05, tcgen05_mma
-from ptxsim.tensormap import Swizzle
+from ptxsim import api, bulk, descriptors, groups, tcgen05, tcgen05_mma
+from ptxsim.boxes import Box
 
 pytestmark = pytest.mark.skipif(not packages.available("flashinfer"), reason="no FlashInfer: run `make env`")
 
@@ -59,13 +59,14 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def _no_swizzle_in_loads(patch: pytest.MonkeyPatch) -> None:
-    put = boxes.put
-    patch.setattr(boxes, "put", lambda shared, offset, box, swizzle: put(shared, offset, box, Swizzle.NONE))
+    def put(self: Box, shared: Any, offset: int, data: Any) -> None:
+        shared[offset : offset + len(data)] = data
+
+    patch.setattr(Box, "put", put)
 
 
 def _no_swizzle_in_stores(patch: pytest.MonkeyPatch) -> None:
-    get = boxes.get
-    patch.setattr(boxes, "get", lambda shared, offset, count, swizzle: get(shared, offset, count, Swizzle.NONE))
+    patch.setattr(Box, "get", lambda self, shared, offset: shared[offset : offset + self.num_bytes].copy())
 
 
 def _no_swizzle_in_mma(patch: pytest.MonkeyPatch) -> None:
@@ -136,14 +137,8 @@ def _one_group_less(patch: pytest.MonkeyPatch) -> None:
 
 
 def _fill_with_ones(patch: pytest.MonkeyPatch) -> None:
-    put = boxes.put
-
-    def filled(shared: Any, offset: int, box: Any, swizzle: Swizzle) -> None:
-        # Elements that are all zero are, in random data, those outside of the tensor: 0x22 is 1.0 twice in E2M1.
-        chunks = box.reshape(-1, 16)
-        put(shared, offset, np.where(chunks.any(axis=1)[:, None], chunks, np.uint8(0x22)).reshape(-1), swizzle)
-
-    patch.setattr(boxes, "put", filled)
+    # 0x22 is 1.0 twice in E2M1.
+    patch.setattr(Box, "_filled", lambda self: np.full((*self.rows, self.row_bytes), 0x22, np.uint8))
 
 
 def _reduction_stores(patch: pytest.MonkeyPatch) -> None:

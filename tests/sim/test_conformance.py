@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from conformance import flashinfer_dense, flashinfer_moe, flashinfer_rows, packages, quack_kernels
-from conformance.driver import Case
+from conformance.driver import POLICIES, Case
+
+from ptxsim.findings import FindingsError
 
 FLASHINFER = flashinfer_moe.CASES + flashinfer_dense.CASES + flashinfer_rows.CASES
-POLICIES = ("eager", "random", "lazy")
 needs_flashinfer = pytest.mark.skipif(not packages.available("flashinfer"), reason="no FlashInfer: run `make env`")
 needs_quack = pytest.mark.skipif(not packages.available("quack"), reason="no QuACK: run `make env`")
 
@@ -24,17 +25,25 @@ def _ci(cases: tuple[Case, ...]) -> list[Case]:
 @needs_flashinfer
 @pytest.mark.parametrize("case", _ci(FLASHINFER), ids=lambda case: case.name)
 def test_flashinfer(case: Case) -> None:
-    for policy in POLICIES:
+    for policy in case.policies:
         case.run(policy)
+
+
+@needs_flashinfer
+def test_a_race_in_a_public_kernel_is_found() -> None:
+    # See LATE in flashinfer_dense.
+    (case,) = (case for case in flashinfer_dense.CASES if case.name == "low-latency-split-k")
+    with pytest.raises(FindingsError, match=r"race: tcgen05\.dealloc"):
+        case.run("eager")
 
 
 @pytest.mark.full
 @needs_flashinfer
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("case", FLASHINFER, ids=lambda case: case.name)
-def test_flashinfer_nightly(case: Case, policy: str) -> None:
-    for seed in (1, 2):
-        case.run(policy, seed, nightly=True)
+def test_flashinfer_nightly(case: Case) -> None:
+    for policy in case.policies:
+        for seed in (1, 2):
+            case.run(policy, seed, nightly=True)
 
 
 def _run_quack(arch: str, policies: tuple[str, ...], *options: str) -> dict[tuple[str, str], dict[str, Any]]:

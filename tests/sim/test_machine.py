@@ -57,6 +57,23 @@ setp.le.u32 %p1, %r2, %lane;
     assert (a == lanes * (lanes + 1)).all()
 
 
+def test_registers_that_nothing_wrote_are_read_as_zero():
+    a = out()
+    body = f"""
+setp.gt.u32 %p1, %lane, 40;
+@%p1 mov.b32 %r3, 5;
+@!%p1 bra SKIP;
+mov.b32 %r4, 7;
+SKIP:
+mov.b64 %d3, {{%r3, %r4}};
+cvt.u32.u64 %r5, %d3;
+add.s32 %r5, %r5, %r6;
+{store("%r5")}
+"""
+    clean(body, [a])
+    assert (a == 0).all()
+
+
 def test_nested_divergence_keeps_what_each_lane_wrote():
     a = out()
     body = f"""

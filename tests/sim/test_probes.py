@@ -21,6 +21,8 @@ DATA = pathlib.Path(__file__).resolve().parents[1] / "data" / "probes"
 CASES = all_cases()
 TABLE = table()
 POLICIES = ("eager", "random", "lazy")
+# Maps that break a documented rule which this driver does not enforce; the check does.
+STRICTER = {"bad_interleave_32_swizzle"}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_static_check_refuses_what_the_driver_refused(recording):
     wrong = {}
     for name, entry in recording["tensor_maps"].items():
         faults = tensormap.check(as_simulated(TABLE[name], entry["address"]), arch="sm_90a")
-        if bool(faults) != ("error" in entry):
+        if bool(faults) != ("error" in entry or name in STRICTER):
             wrong[name] = faults or entry
     assert wrong == {}
     assert set(recording["tensor_maps"]) == set(TABLE)

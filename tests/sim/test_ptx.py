@@ -109,7 +109,8 @@ def test_parameters_and_directives():
     .param .align 4 .b8 k_param_0[3],
     .param .u64 .ptr .global .align 128 k_param_1,
     .param .align 64 .b8 k_param_2[128],
-    .param .u32 k_param_3
+    .param .u32 k_param_3,
+    .param .u64 .ptr .align 16 k_param_4
 )
 .reqntid 192, 1, 1
 .minnctapersm 1
@@ -124,6 +125,7 @@ ret;
         (8, 8, 8),
         (128, 64, 64),
         (4, 4, 192),
+        (8, 8, 200),
     ]
     assert kernel.reqntid == (192, 1, 1)
     assert kernel.reqnctapercluster == (2, 1, 1)

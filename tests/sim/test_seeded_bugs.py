@@ -21,10 +21,10 @@ CASES += [(base, seeded) for base, bugs in seeded_small.BUGS for seeded in bugs]
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     lines = Table()
     yield lines
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and request.config.get_verbosity() > 0:
-        reporter.write_line("")
-        reporter.write_line(str(lines))
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    if request.config.get_verbosity() > 0 and capture is not None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{lines}")
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)

@@ -15,6 +15,7 @@ import ptxsim
 from ptxsim.findings import FindingsError, Report
 from ptxsim.host.capture import as_device_tensor
 
+POLICIES = ("eager", "random", "lazy")
 # Persistent kernels get this many clusters, so that each does several tiles.
 CLUSTERS = 2
 
@@ -50,6 +51,7 @@ class Case:
         nightly_only: adds little to the other cases of its kernel.
         known: finding codes that this kernel has, since it breaks a rule and works on hardware nevertheless. Anything else
             fails, and so does their absence.
+        policies: under which it is right.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Case:
     prepare: Callable[[int, bool], Call]
     nightly_only: bool = False
     known: frozenset[str] = frozenset()
+    policies: tuple[str, ...] = POLICIES
 
     def run(self, policy: str = "eager", seed: int = 0, nightly: bool = False) -> Report:
         """Simulate the kernel and compare.

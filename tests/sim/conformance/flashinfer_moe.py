@@ -80,11 +80,13 @@ class Routing:
 def route(rng: np.random.Generator, groups: tuple[int, ...], tile: int) -> Routing:
     """Each (token, slot) goes to one expert; experts have `groups` rows, padded to the tile."""
     order = rng.permutation(sum(groups)).astype(np.int32)
-    rows, experts, limits = [], [], []
+    rows: list[npt.NDArray[np.int32]] = []
+    experts: list[int] = []
+    limits: list[int] = []
     start = 0
     for expert, size in enumerate(groups):
         padded = -(-size // tile) * tile
-        base = sum(len(part) for part in rows)
+        base = len(experts) * tile
         part = np.full(padded, -1, np.int32)
         part[:size] = order[start : start + size]
         rows.append(part)

@@ -32,10 +32,15 @@ def _host(name: str) -> Any:
     return sys.modules[f"quack.{name}"]
 
 
-def _call(host: Callable[[], object], check: Callable[[], None], outputs: tuple[torch.Tensor, ...]) -> Call:
-    """The one call that `host` makes of a compiled kernel."""
+def _call(
+    host: Callable[[], object],
+    check: Callable[[], None],
+    outputs: tuple[torch.Tensor, ...],
+    memory: tuple[torch.Tensor, ...] = (),
+) -> Call:
+    """The one call that `host` makes of a compiled kernel; `memory`: tensors of which it passes bare pointers."""
     ((compiled, args),) = recorded(host)
-    tensors: list[torch.Tensor] = []
+    tensors = list(memory)
     return Call(compiled, tuple(nested_tensors(arg, tensors) for arg in args), check, outputs, tuple(tensors))
 
 
@@ -55,18 +60,17 @@ def prepare_gemm(seed: int, nightly: bool, shape: Shape, **options: Any) -> Call
     rng = np.random.default_rng(seed)
     m, n, k = (1000, 520, 1032) if nightly else (328, 264, 200)
     a, b, d = _random(rng, 2, m, k), _random(rng, 2, n, k), empty(2, m, n, dtype=BF16)
-    if ARCH.startswith("sm_90") and options.get("is_dynamic_persistent"):
-        options["semaphore"] = device(np.zeros(1, np.int32))
+    counted = ARCH.startswith("sm_90") and options.get("is_dynamic_persistent")
+    semaphore = device(np.zeros(1, np.int32)) if counted else None
 
     def check() -> None:
         for batch in range(2):
             references.assert_rounded(d[batch], references.matmul(_values(a[batch]), _values(b[batch])))
 
     def host() -> None:
-        semaphore = options.pop("semaphore", None)
         _host("gemm").gemm(a, b, d, None, semaphore, *shape, **options)
 
-    return _call(host, check, (d,))
+    return _call(host, check, (d,), () if semaphore is None else (semaphore,))
 
 
 def prepare_epilogue(seed: int, nightly: bool, shape: Shape) -> Call:
