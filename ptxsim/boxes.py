@@ -5,9 +5,9 @@ permutation of 16-byte chunks that is computed once. A box is held unswizzled, o
 `row_bytes`-wide rows that the copy engine moves; the swizzle applies to absolute shared-memory addresses (see
 `tensormap.swizzle_offset`).
 
-Pinned on an H200: both fills, the rounding of tf32, whole 16-byte chunks at the ends of stored rows, rows narrower than the
-swizzle (they lie as far apart as the swizzle is wide; only their own bytes are written, and counted). Not pinned: the padding
-bytes of the padded packed types, that reductions round the end of a row up as stores do.
+Pinned on an H200: both fills, the rounding of tf32, whole 16-byte chunks at the ends of stored and reduced rows, rows
+narrower than the swizzle (they lie as far apart as the swizzle is wide; only their own bytes are written, and counted). Not
+pinned: the padding bytes of the padded packed types.
 """
 
 from functools import lru_cache
@@ -213,7 +213,7 @@ def indices(clip: Clip, start: int) -> npt.NDArray[np.int64]:
 def _to_tf32(box: Bytes) -> Bytes:
     """Loads of tf32 round to 10 bits of mantissa and make every NaN 0x7fffe000; subnormals stay (seen on an H200).
 
-    Stores, and both directions of f32_ftz, leave the bits alone. Not pinned by silicon: ties (here to even).
+    Ties go to even. Stores, and both directions of f32_ftz, leave the bits alone.
     """
     bits = np.ascontiguousarray(box).view(np.uint32)
     rounded = (bits + np.uint32(0xFFF) + (bits >> np.uint32(13) & np.uint32(1))) & np.uint32(0xFFFFE000)

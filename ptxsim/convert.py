@@ -403,7 +403,8 @@ def _double_nans(bits: Array, given: Array, t: FloatType, source: FloatType) -> 
 @functools.cache
 def _single_table() -> Array:
     """f32 bits of every f16."""
-    return encode(load(np.arange(1 << 16, dtype=np.uint32), F16), F32)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return encode(load(np.arange(1 << 16, dtype=np.uint32), F16), F32)
 
 
 # ----------------------------------------------------------------------------------------------------------- small formats

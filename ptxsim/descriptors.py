@@ -6,7 +6,8 @@ operand is a table of chunk numbers. Swizzles permute address bits of the *absol
 Sources: PTX ISA 9.x, "tcgen05 Shared memory descriptor" and "tcgen05 Instruction descriptor" (tables 40 to 44), "wgmma Matrix
 Descriptor Format"; the canonical layouts in NVIDIA CUTLASS, include/cute/arch/mma_sm100_desc.hpp and
 include/cute/atom/mma_traits_sm90_gmma.hpp (comments above make_umma_desc and make_gmma_desc).
-Not pinned by silicon: MN-major layouts without swizzle, swizzles other than 128 bytes.
+Pinned on an H200: wgmma with every swizzle, K-major and MN-major. Not pinned by silicon: for tcgen05, MN-major layouts
+without swizzle and swizzles other than 128 bytes.
 """
 
 from dataclasses import dataclass

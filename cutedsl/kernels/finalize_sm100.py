@@ -6,8 +6,9 @@ The hard part is to give the same bits whatever the batch: a sum per token in th
 adds by rows in the order in which experts finish. The rows are where `route_sm100` put them, so that a token reads
 exactly its own, and a choice without an expert on this rank is skipped, not multiplied by 0: nobody wrote its row.
 
-A product and the sum after it must be rounded apart, and that is more than not writing a fused multiply-add: PTX lets the
-assembler fuse `mul` and `add` unless they name their rounding, and it does. So both say `.rn` here.
+A product and the sum after it must be rounded apart, and that takes more than not writing a fused multiply-add. PTX lets
+the assembler fuse `mul` and `add` that do not name their rounding, as CuTe DSL's do not; and the assembler (ptxas 12.9, seen
+in its sm_100a code) fuses the packed `mul.rn.f32x2` and `add.rn.f32x2` too, though they name it. It leaves `mul.rn.f32` alone.
 
 A CTA has 8 columns a thread of one token. All rows are asked for before the first is used, so that loads can overlap.
 
@@ -35,7 +36,7 @@ MAX_THREADS = 1024
 # CTAs along x, one for each token. Source: CUDA C++ Programming Guide, "Compute Capabilities".
 MAX_TOKENS = 2**31 - 1
 
-_Y_TYPES = {torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
+_Y_TYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,11 @@ class FinalizeSm100:
         token, tile, _ = cute.arch.block_idx()
         vector = tile * self.config.num_threads + thread
         if vector * VECTOR < mOut.shape[1]:
-            rows = [mChoiceRow[token * self.config.top_k + choice] for choice in range(self.config.top_k)]
+            choices = range(self.config.top_k)
+            rows = [mChoiceRow[token * self.config.top_k + choice] for choice in choices]
+            weights = [mTopkWeights[token, choice] for choice in choices]
             rY = self._gather(mY, rows, vector)
-            rAcc = self._sum(rY, rows, mTopkWeights, token)
+            rAcc = self._sum(rY, rows, weights)
             if cutlass.const_expr(self.config.shared):
                 rShared = cute.make_rmem_tensor((VECTOR,), cutlass.BFloat16)
                 cute.autovec_copy(_vector(mShared, token, vector), rShared)
@@ -164,13 +167,13 @@ class FinalizeSm100:
         return rY
 
     @cute.jit
-    def _sum(self, rY: cute.Tensor, rows: Any, mTopkWeights: cute.Tensor, token: Any) -> cute.Tensor:
+    def _sum(self, rY: cute.Tensor, rows: Any, weights: Any) -> cute.Tensor:
         """Returns (VECTOR,) FP32: the choices in order; a product is rounded before it is added."""
         rAcc = cute.make_rmem_tensor((VECTOR,), cutlass.Float32)
         rAcc.fill(0.0)
         for choice in cutlass.range_constexpr(self.config.top_k):
             if rows[choice] >= 0:
-                _add(rAcc, rY[None, choice], mTopkWeights[token, choice])
+                _add(rAcc, rY[None, choice], weights[choice])
         return rAcc
 
 
@@ -180,15 +183,19 @@ def _vector(tensor: cute.Tensor, row: Any, vector: Any) -> cute.Tensor:
 
 
 def _add(rAcc: cute.Tensor, rTerm: cute.Tensor, weight: Any) -> None:
-    """Adds a vector, times weight if there is one, to the sum.
-
-    Source: PTX ISA, "mul" and "add" of floating point: `.rn` is never contracted into a fused multiply-add.
-    """
+    """Adds a vector, times weight if there is one, to the sum."""
     for i in range(0, VECTOR, 2):
         term = tuple(rTerm[j].to(cutlass.Float32) for j in (i, i + 1))
         if weight is not None:
-            term = cute.arch.mul_packed_f32x2(term, (weight, weight), rnd="rn")
+            term = tuple(_rounded_product(factor, weight) for factor in term)
         rAcc[i], rAcc[i + 1] = cute.arch.add_packed_f32x2((rAcc[i], rAcc[i + 1]), term, rnd="rn")
+
+
+def _rounded_product(a: Any, b: Any) -> cutlass.Float32:
+    """Returns a * b in FP32, which no later add can be fused with."""
+    return cute.arch.inline_ptx(
+        "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[cutlass.Float32], read_only_args=[a, b]
+    )
 
 
 def finalize(
@@ -257,7 +264,7 @@ def check(
     if not 1 <= top_k <= MAX_TOP_K:
         raise ValueError(f"finalize_sm100: top_k is {top_k}, expected 1 .. {MAX_TOP_K}")
     _check("choice_row", choice_row, (torch.int32,), (num_tokens * top_k,), mOut)
-    _check("mY", mY, tuple(_Y_TYPES), (None, num_columns), mOut)
+    _check("mY", mY, _Y_TYPES, (None, num_columns), mOut)
     if shared is not None:
         _check("shared", shared, (torch.bfloat16,), (num_tokens, num_columns), mOut)
     for name, tensor in (("mY", mY), ("shared", shared), ("mOut", mOut)):

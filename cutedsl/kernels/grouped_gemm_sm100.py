@@ -504,8 +504,10 @@ class GroupedGemmSm100:
         load_atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(EPILOGUE_N)), cutlass.Float32)
         tmem_load = tcgen05.make_tmem_copy(load_atom, tAcc[None, None, 0, 0])
         # A thread has one row: (EPILOGUE_N, 1, 1, steps, stage)
-        tTR_tAcc = tmem_load.get_slice(thread).partition_S(tAcc)
-        rAcc = cute.make_rmem_tensor(tTR_tAcc[None, None, None, 0, 0].shape, cutlass.Float32)
+        thr_load = tmem_load.get_slice(thread)
+        tTR_tAcc = thr_load.partition_S(tAcc)
+        tTR_step = thr_load.partition_D(cute.make_identity_tensor((TILE_M, EPILOGUE_N)))
+        rAcc = cute.make_rmem_tensor(tTR_step.shape, cutlass.Float32)
         rH = cute.make_rmem_tensor((1, EPILOGUE_N // 2, 1), cutlass.Float32)
         rD = cute.make_rmem_tensor((1, config.d_step, 1), config.d_type)
         # (TILE_M, d_columns, row tiles, columns of all tiles)
@@ -584,8 +586,8 @@ class GroupedGemmSm100:
         """64 sums of a row, times alpha, to BF16."""
         rAlpha = cute.make_rmem_tensor(EPILOGUE_N, cutlass.Float32)
         cute.autovec_copy(cute.local_tile(sAlpha, (EPILOGUE_N,), (step,)), rAlpha)
-        for i in cutlass.range_constexpr(EPILOGUE_N):
-            rD[i] = (rAcc[i] * rAlpha[i]).to(cutlass.BFloat16)
+        scaled = rAcc.load().reshape((EPILOGUE_N,)) * rAlpha.load()
+        rD.store(scaled.to(cutlass.BFloat16).reshape(rD.shape))
 
     @cute.jit
     def _swiglu(self, rAcc: cute.Tensor, rH: cute.Tensor, factors: _Factors) -> None:
@@ -618,7 +620,8 @@ class GroupedGemmSm100:
         passes = cutlass.Int32(1)
         if cutlass.const_expr(self.config.cta_group == 2):
             second = 2 * m_tile + 1
-            if second < tiles.num_row_tiles:
+            # Nested: the expert is read only if there is a tile.
+            if second < tiles.num_row_tiles:  # noqa: SIM102
                 if tiles.mTileExpert[second] != tiles.mTileExpert[second - 1]:
                     passes = cutlass.Int32(2)
         return passes
@@ -771,6 +774,72 @@ class GroupedGemmSm100:
         )
 
 
+def grouped_gemm(
+    mA: torch.Tensor,
+    mB: torch.Tensor,
+    mSFA: torch.Tensor,
+    mSFB: torch.Tensor,
+    alpha: torch.Tensor,
+    tile_expert: torch.Tensor,
+    padded_offset: torch.Tensor,
+    mD: torch.Tensor,
+    *,
+    epilogue: str = BF16,
+    mSFD: torch.Tensor | None = None,
+    h_scale: torch.Tensor | None = None,
+    limit: float | None = None,
+    max_active_clusters: int | None = None,
+) -> None:
+    """y = (e2m1(mA) * mSFA) (e2m1(mB[e]) * mSFB[e])^T for the rows of each expert e, then the epilogue.
+
+    bf16: mD = bf16(alpha * y). swiglu: mD = bf16(h), h = silu(min(gate, limit)) * clamp(up, -limit, limit) of
+    gate, up = alpha * y. swiglu_nvfp4: mD, mSFD = quantize_activation(h, h_scale[e]).
+
+    Args:
+        mA: (P, k/2) uint8 - codes of the activation, rows at padded places; P a multiple of 128, may be 0.
+        mB: (E, n, k/2) uint8 - codes of the weights; for SwiGLU, 16 gate rows, 16 up rows, and so on.
+        mSFA: (P, k/16 up to 4) e4m3 - swizzled block scales; padded columns finite, padded rows anything.
+        mSFB: (E, n up to 128, k/16 up to 4) e4m3 - likewise, in the order of mB's rows.
+        alpha: (E,) or (E, R) fp32 - of each expert, or of each n/R rows of it in turn, R a divisor of n; for SwiGLU (E, 2),
+            of gate and up.
+        tile_expert: (P/128,) int32 - expert of each 128 rows; read up to padded_offset[E].
+        padded_offset: (E + 1,) int32 - where groups start, multiples of 128; only the last, where they end, is read.
+        mD: (P, n) bf16, (P, n/2) bf16, or (P, n/4) uint8 codes, by the epilogue - rows up to padded_offset[E] are written,
+            rows of padding among them with what mA's padding gives, the others are left alone.
+        epilogue: one of EPILOGUES.
+        mSFD: (P, n/32 up to 4) e4m3 - swizzled block scales of mD, zeros in padded columns; swiglu_nvfp4 only.
+        h_scale: (E,) fp32 - tensor scale of h, the input_scale of the GEMM that follows; swiglu_nvfp4 only.
+        limit: of SwiGLU, positive; None for no clamp.
+        max_active_clusters: the most CTAs (or pairs of CTAs) to launch; None: one for each SM.
+
+    Raises:
+        TypeError: a tensor is of another type.
+        ValueError: a shape, stride, device or address is not as above; k no multiple of 32; n no multiple of 8, 32 or 64
+            (bf16, swiglu, swiglu_nvfp4); an argument that the epilogue lacks or has no use for; max_active_clusters less
+            than 1. Values on the device are not checked.
+
+    Layout: all contiguous, first bytes 16-byte aligned; scales in 128x4 tiles, see `cutedsl.layout`.
+    Numerics: products and sums FP32 in the tensor core, alpha, SwiGLU (see `blackwell.swiglu`) and h in FP32; bf16 rounded
+        once, to nearest even. Codes and scales are bit for bit those of quantize_activation(h). Independent of other rows.
+    Graph-safe: yes, after one call with the same configuration; the launch is on torch's current stream.
+    """
+    check(
+        mA, mB, mSFA, mSFB, alpha, tile_expert, padded_offset, mD,
+        epilogue=epilogue, mSFD=mSFD, h_scale=h_scale, limit=limit, max_active_clusters=max_active_clusters,
+    )  # fmt: skip
+    num_experts, n, k_bytes = mB.shape
+    if mA.shape[0] == 0:
+        return
+    config = choose_config(Shape(mA.shape[0], n, k_bytes * NVFP4.codes_per_byte, num_experts), epilogue)
+    if max_active_clusters is None:
+        max_active_clusters = max(1, _num_sms(mA.device) // config.cta_group)
+    limit = float("inf") if limit is None else limit
+    compiled(config)(
+        mA, mB, mSFA, mSFB, alpha.view(num_experts, -1), tile_expert, padded_offset, mD, mSFD, h_scale, limit,
+        max_active_clusters,
+    )  # fmt: skip
+
+
 def compiled(config: Config, line_info: bool | None = None) -> Callable[..., None]:
     """The compiled kernel: takes what GroupedGemmSm100.__call__ does, unchecked, without the stream.
 
@@ -779,6 +848,93 @@ def compiled(config: Config, line_info: bool | None = None) -> Callable[..., Non
         line_info: as cutedsl.compile takes it.
     """
     return compiler.compiled(GroupedGemmSm100, config, lambda: _stand_ins(config), config.arch, line_info)
+
+
+def check(
+    mA: torch.Tensor,
+    mB: torch.Tensor,
+    mSFA: torch.Tensor,
+    mSFB: torch.Tensor,
+    alpha: torch.Tensor,
+    tile_expert: torch.Tensor,
+    padded_offset: torch.Tensor,
+    mD: torch.Tensor,
+    *,
+    epilogue: str = BF16,
+    mSFD: torch.Tensor | None = None,
+    h_scale: torch.Tensor | None = None,
+    limit: float | None = None,
+    max_active_clusters: int | None = None,
+) -> None:
+    """Raises what grouped_gemm raises; reads no device memory."""
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"grouped_gemm_sm100: epilogue is {epilogue!r}, expected one of {EPILOGUES}")
+    _check("mA", mA, torch.uint8, (None, None), mA)
+    _check("mB", mB, torch.uint8, (None, None, mA.shape[1]), mA)
+    num_rows, (num_experts, n, k_bytes) = mA.shape[0], mB.shape
+    k = k_bytes * NVFP4.codes_per_byte
+    if num_experts < 1 or num_rows % TILE_M:
+        raise ValueError(
+            f"grouped_gemm_sm100: mA has {num_rows} rows and mB {num_experts} experts, expected a multiple of {TILE_M} "
+            "and at least 1; groups start at padded rows"
+        )
+    if k < K_MULTIPLE or k % K_MULTIPLE:
+        raise ValueError(
+            f"grouped_gemm_sm100: k is {k}, expected a positive multiple of {K_MULTIPLE}: TMA loads rows of 16 bytes; "
+            "pad K"
+        )
+    if n < N_MULTIPLE[epilogue] or n % N_MULTIPLE[epilogue]:
+        raise ValueError(
+            f"grouped_gemm_sm100: n is {n}, expected a positive multiple of {N_MULTIPLE[epilogue]} for {epilogue}: TMA "
+            "stores rows of 16 bytes; pad N"
+        )
+    _check("mSFA", mSFA, NVFP4.scale_dtype, padded_shape(num_rows, k // NVFP4.block_size), mA)
+    _check("mSFB", mSFB, NVFP4.scale_dtype, (num_experts, *padded_shape(n, k // NVFP4.block_size)), mA)
+    _check_alpha(alpha, num_experts, n, epilogue, mA)
+    _check("tile_expert", tile_expert, torch.int32, (num_rows // TILE_M,), mA)
+    _check("padded_offset", padded_offset, torch.int32, (num_experts + 1,), mA)
+    d_columns = {BF16: n, SWIGLU: n // 2, SWIGLU_NVFP4: n // 4}[epilogue]
+    _check("mD", mD, torch.uint8 if epilogue == SWIGLU_NVFP4 else torch.bfloat16, (num_rows, d_columns), mA)
+    if (mSFD is None or h_scale is None) if epilogue == SWIGLU_NVFP4 else (mSFD is not None or h_scale is not None):
+        raise ValueError(
+            f"grouped_gemm_sm100: mSFD is {'not ' if mSFD is None else ''}given and h_scale is "
+            f"{'not ' if h_scale is None else ''}given, but {SWIGLU_NVFP4} alone needs both; epilogue is {epilogue!r}"
+        )
+    if mSFD is not None and h_scale is not None:
+        _check("mSFD", mSFD, NVFP4.scale_dtype, padded_shape(num_rows, n // (2 * NVFP4.block_size)), mA)
+        _check("h_scale", h_scale, torch.float32, (num_experts,), mA)
+    if limit is not None and (epilogue == BF16 or not limit > 0):
+        raise ValueError(
+            f"grouped_gemm_sm100: limit is {limit} for {epilogue}, expected a positive number for SwiGLU, or None"
+        )
+    if max_active_clusters is not None and max_active_clusters < 1:
+        raise ValueError(
+            f"grouped_gemm_sm100: max_active_clusters is {max_active_clusters}, expected at least 1, or None"
+        )
+
+
+def _check_alpha(alpha: torch.Tensor, num_experts: int, n: int, epilogue: str, mA: torch.Tensor) -> None:
+    if epilogue != BF16:
+        _check("alpha", alpha, torch.float32, (num_experts, 2), mA)
+        return
+    _check("alpha", alpha, torch.float32, (num_experts, None)[: max(1, min(alpha.ndim, 2))], mA)
+    if alpha.ndim == 2 and (alpha.shape[1] < 1 or n % alpha.shape[1]):
+        raise ValueError(
+            f"grouped_gemm_sm100: alpha has {alpha.shape[1]} row blocks, expected a divisor of n, {n}; repeat its values"
+        )
+
+
+def _check(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], mA: torch.Tensor
+) -> None:
+    registry.check_tensor("grouped_gemm_sm100", name, tensor, (dtype,), shape, mA.device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"grouped_gemm_sm100: {name} has strides {tensor.stride()}, expected contiguous rows; copy it")
+    if tensor.data_ptr() % TMA_BYTES:
+        raise ValueError(
+            f"grouped_gemm_sm100: {name} starts at {tensor.data_ptr():#x}, expected a multiple of {TMA_BYTES} bytes; "
+            "a slice of a larger tensor may need a copy"
+        )
 
 
 def _stand_ins(config: Config) -> tuple[Any, ...]:
@@ -808,3 +964,10 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
         cutlass.Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
+
+
+def _num_sms(device: torch.device) -> int:
+    """Returns the SMs of a GPU; those of the full part for tensors that are on none."""
+    if device.type != "cuda":
+        return ARCHS["sm_100a"].num_sms
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,9 +5,9 @@ gives BF16, and `quantize_activation` takes that. A rotation is two products and
 free to fuse a product and a sum of ordinary operators, so the packed instructions with an explicit rounding are used, which
 stay as they are. Then a number goes to BF16 and back before it is quantized.
 
-Row t of group g goes to row g * (T up to 128) + t of codes and scales, as every group's scales are whole tiles. A thread takes
-a block of 16 elements, all of one head; those in the last rope_dim of a head are rotated back. Threads walk a grid-stride
-loop over the blocks of a group, and the second dimension of the grid is the group.
+Row t of group g goes to row g * (T up to 128) + t of codes and scales, as every group's scales are whole tiles. A thread
+takes a block of 16 elements, all of one head; those in the last rope_dim of a head are rotated back. Threads walk a
+grid-stride loop over the blocks of a group, and the second dimension of the grid is the group.
 """
 
 from collections.abc import Callable

@@ -41,12 +41,13 @@ def quantize_block(values: Any, tensor_scale: cutlass.Float32) -> tuple[cutlass.
 
     Args:
         values: 16 FP32 - a tensor in registers, or a sequence, that integers index.
-        tensor_scale: positive and finite.
+        tensor_scale: positive, and 6 * tensor_scale finite.
 
     Returns:
         The codes, element i in bits 4i .. 4i + 3, and the bits of the scale.
 
-    Numerics: bit-identical to `quantize_activation` for every input, also NaN, infinity and zeros.
+    Numerics: bit-identical to `quantize_activation` for all values, also NaN, infinity and zeros. (Were 6 * tensor_scale
+    infinite, so that infinity / infinity is computed, the sign of the NaN would depend on the reference's machine.)
     Source: PTX ISA, "cvt" (.satfinite, NaN, ties to even), "div" (.rn), "max" (.NaN).
     """
     amax = cute.math.absf(values[0])

@@ -209,9 +209,9 @@ class RouteSm100:
             stream: to launch on.
         """
         shape = (self.config.num_ctas, 1, 1)
-        self.kernel(
-            mIds, mMap, mSlotToken, mSlotRow, mChoiceRow, mCount, mPaddedOffset, mTileExpert, mNumSlots
-        ).launch(grid=shape, block=(THREADS, 1, 1), cluster=shape, stream=stream)
+        self.kernel(mIds, mMap, mSlotToken, mSlotRow, mChoiceRow, mCount, mPaddedOffset, mTileExpert, mNumSlots).launch(
+            grid=shape, block=(THREADS, 1, 1), cluster=shape, stream=stream
+        )
 
     @cute.kernel
     def kernel(
@@ -321,9 +321,7 @@ class RouteSm100:
             first_slot += count
 
     @cute.jit
-    def _hand_out(
-        self, bins: Any, mSlotToken: Any, mSlotRow: Any, mChoiceRow: Any, smem: _Smem, place: _Place
-    ) -> None:
+    def _hand_out(self, bins: Any, mSlotToken: Any, mSlotRow: Any, mChoiceRow: Any, smem: _Smem, place: _Place) -> None:
         """Gives each choice of the warp's range its slot and its row, in order."""
         _, _, num_choices, num_experts = bins
         for step in cutlass.range(place.num_steps, unroll=1):

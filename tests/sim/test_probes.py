@@ -75,6 +75,12 @@ def test_no_wait_of_a_probe_timed_out(recorded_output):
     assert stuck == {name for name, case in CASES.items() if case.finding == "deadlock"}
 
 
+def floats(data, kind):
+    if kind == "bf16":
+        return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return data.view({"f32": np.float32, "f16": np.float16}[kind]).astype(np.float64)
+
+
 def difference(case, got, want):
     """Say how the bytes differ, or the floats by more than approximate instructions may; "" if they do not."""
     if case.rtol == case.atol == 0.0:
@@ -84,7 +90,7 @@ def difference(case, got, want):
         first = at[0] // 4 * 4
         values = [array[first : first + 16].tobytes().hex(" ", 4) for array in (got, want)]
         return f"{at.size} of {got.size} bytes, first at {at[0]}: simulated {values[0]}, GPU {values[1]}"
-    mine, theirs = (array.view(np.float32).astype(np.float64) for array in (got, want))
+    mine, theirs = floats(got, case.float_type), floats(want, case.float_type)
     with np.errstate(invalid="ignore"):
         close = np.abs(mine - theirs) <= case.rtol * np.abs(theirs) + case.atol
     outside = np.flatnonzero(~(close | (mine == theirs) | (np.isnan(mine) & np.isnan(theirs))))

@@ -11,7 +11,6 @@ import torch
 
 from conformance import packages, references
 from conformance.driver import CLUSTERS, Call, Case, device, empty, pointer, stand_in_device, stream
-from ptxsim.findings import MISSING_PROXY_FENCE
 
 MODULES = "flashinfer.fused_moe.cute_dsl.blackwell."
 TOP_K = 2
@@ -262,21 +261,15 @@ def prepare_reduce(seed: int, nightly: bool) -> Call:
     return Call(compile_reduce(width), (*pointers, tokens, stream()), check, (tensors[1],), tensors)
 
 
-NONE: frozenset[str] = frozenset()
+def _case(name: str, prepare: Any, *args: Any, nightly_only: bool = False) -> Case:
+    return Case(name, "flashinfer", "sm_100a", lambda seed, nightly: prepare(seed, nightly, *args), nightly_only)
 
 
-def _case(name: str, prepare: Any, *args: Any, nightly_only: bool = False, known: frozenset[str] = NONE) -> Case:
-    return Case(name, "flashinfer", "sm_100a", lambda seed, nightly: prepare(seed, nightly, *args), nightly_only, known)
-
-
-# The gather kernel hands what cp.async wrote to tcgen05.cp and the MMA, which read through the async proxy, with an mbarrier
-# and no fence.proxy.async in between. PTX asks for one (9.7.9.25.1.1, cp.async is not in the async proxy).
-GATHER = frozenset({MISSING_PROXY_FENCE})
 CASES = (
-    _case("act-1cta", prepare_act, (128, 128), (1, 1), known=GATHER),
-    _case("act-2cta", prepare_act, (256, 128), (2, 1), known=GATHER),
-    _case("act-1cta-n256", prepare_act, (128, 256), (1, 1), nightly_only=True, known=GATHER),
-    _case("act-1cta-bf16", prepare_act, (128, 128), (1, 1), False, nightly_only=True, known=GATHER),
+    _case("act-1cta", prepare_act, (128, 128), (1, 1)),
+    _case("act-2cta", prepare_act, (256, 128), (2, 1)),
+    _case("act-1cta-n256", prepare_act, (128, 256), (1, 1), nightly_only=True),
+    _case("act-1cta-bf16", prepare_act, (128, 128), (1, 1), False, nightly_only=True),
     _case("scatter-1cta", prepare_finalize, (128, 128), (1, 1)),
     _case("scatter-2cta", prepare_finalize, (256, 128), (2, 1)),
     _case("expanded-1cta", prepare_finalize, (128, 128), (1, 1), False, nightly_only=True),

@@ -49,8 +49,7 @@ def operation(
     name: str = "",
     rtol: float = 0.0,
     atol: float = 0.0,
-    note: str = "",
-    compared: bool = True,
+    float_type: str = "f32",
 ) -> Case:
     """Apply `text` to each lane's operands. A, B, C, E stand for the operands, D for the result, P for a predicate."""
     n = len(data[0])
@@ -80,8 +79,7 @@ def operation(
         block=n,
         rtol=rtol,
         atol=atol,
-        note=note,
-        compared=compared,
+        float_type=float_type,
     )
 
 

@@ -106,6 +106,7 @@ class Case:
     is_async: bool = False  # has copies in flight: run it under every scheduling policy
     rtol: float = 0.0  # relative error allowed to approximate instructions; 0 means bit for bit
     atol: float = 0.0
+    float_type: str = "f32"  # f32, f16 or bf16: of the results of approximate instructions
     fails: str = ""  # the error with which the GPU ends the launch
     finding: str = ""  # what the simulator must report; then no outputs are compared
     note: str = ""

@@ -224,7 +224,7 @@ def wgmma_cases() -> Iterator[Case]:
             a,
             k_major(B_START, "128"),
             compared=False,
-            note="non-zero base offset; CuTe DSL never emits it",
+            note="non-zero base offset: refused by the simulator, never emitted by CuTe DSL",
         )
     # Core matrices further apart; without swizzle the leading offset counts.
     yield wgmma(
