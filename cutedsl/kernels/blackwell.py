@@ -124,7 +124,7 @@ def swiglu(gate: cutlass.Float32, up: cutlass.Float32, limit: cutlass.Float32) -
     Numerics: FP32; NaN stays NaN, infinite arguments give what the reference gives. silu(g) is g * rcp(1 + ex2(-g log2 e))
     with the hardware's approximations: relative error below 2^-21 + |min(g, 0)| * 2^-23, to which the argument of ex2
     adds the second term. Where the exact silu is below 2^-118 in magnitude (g < -86) it may be 0.
-    Source: PTX ISA, "ex2" (2^-22.5), "rcp" (1 ulp), "min" and "max" (.NaN).
+    Source: PTX ISA, "ex2" (2^-22), "rcp" (1 ulp), "min" and "max" (.NaN).
     """
     gate = cute.arch.fmin(gate, limit, nan=True)
     up = cute.arch.fmin(cute.arch.fmax(up, -limit, nan=True), limit, nan=True)

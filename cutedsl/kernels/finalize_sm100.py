@@ -7,8 +7,8 @@ adds by rows in the order in which experts finish. The rows are where `route_sm1
 exactly its own, and a choice without an expert on this rank is skipped, not multiplied by 0: nobody wrote its row.
 
 A product and the sum after it must be rounded apart, and that takes more than not writing a fused multiply-add. PTX lets
-the assembler fuse `mul` and `add` that do not name their rounding, as CuTe DSL's do not; and the assembler (ptxas 12.9, seen
-in its sm_100a code) fuses the packed `mul.rn.f32x2` and `add.rn.f32x2` too, though they name it. It leaves `mul.rn.f32` alone.
+the assembler fuse `mul` and `add` that do not name their rounding, as CuTe DSL's do not. The assembler (ptxas 12.9, seen in
+its sm_100a code) fuses the packed `mul.rn.f32x2` and `add.rn.f32x2` too, though they name it; `mul.rn.f32` it leaves alone.
 
 A CTA has 8 columns a thread of one token. All rows are asked for before the first is used, so that loads can overlap.
 

@@ -56,6 +56,8 @@ TILE_M = 128
 TILE_K = 256
 # By the number of CTAs that share a tile.
 TILES_N = {1: (64, 128, 256), 2: (128, 256)}
+# Average row tiles of a group from which on pairs of CTAs share tiles.
+LONG_GROUP = 8
 # Columns of sums that the epilogue moves at a time: two blocks of 16 h each.
 EPILOGUE_N = 64
 # Gate rows, then as many up rows.
@@ -199,12 +201,12 @@ def choose_config(shape: Shape, epilogue: str, arch: str = "sm_100a") -> Config:
     """The largest tile that still gives every SM work, with as many stages as fit.
 
     Args:
-        shape: sizes; how many rows are padding is not known on the host, so that work is counted with padding.
+        shape: sizes; how rows spread over experts is not known on the host, so that padding counts as work.
         epilogue: one of EPILOGUES.
         arch: a key of ARCHS.
 
     Returns:
-        One of four configurations for each epilogue.
+        One of four configurations for bf16, of three for the others.
 
     Raises:
         ValueError: arch or epilogue is unknown.
@@ -213,9 +215,15 @@ def choose_config(shape: Shape, epilogue: str, arch: str = "sm_100a") -> Config:
     """
     if arch not in ARCHS:
         raise ValueError(f"choose_config: arch is {arch!r}, expected one of {sorted(ARCHS)}")
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"choose_config: epilogue is {epilogue!r}, expected one of {EPILOGUES}")
     tiles_m = -(-shape.num_rows // TILE_M)
-    for cta_group, tile_n in ((1, 256), (1, 128)):
-        if tiles_m * -(-shape.n // tile_n) >= ARCHS[arch].num_sms:
+    # What follows SwiGLU's sums takes long; it should overlap with the next tile, for which 256 columns leave no room.
+    candidates = ((2, 256), (1, 256), (1, 128)) if epilogue == BF16 else ((2, 128), (1, 128))
+    for cta_group, tile_n in candidates:
+        # A pair whose row tiles have two experts works twice: pairs pay where groups are long.
+        too_short = cta_group == 2 and tiles_m < LONG_GROUP * shape.num_experts
+        if not too_short and tiles_m * -(-shape.n // tile_n) >= ARCHS[arch].num_sms:
             return largest_config(epilogue, tile_n, cta_group, ARCHS[arch])
     return largest_config(epilogue, 64, 1, ARCHS[arch])
 
@@ -476,9 +484,6 @@ class GroupedGemmSm100:
                     cute.gemm(tiled_mma, tCtAcc_tile, a, b, tCtAcc_tile)
                     stage.release()
                 acc.commit()
-        # Of a pair, the other CTA's epilogue arrives here too: wait for the last.
-        if cutlass.const_expr(config.cta_group == 2):
-            acc_producer.tail()
 
     @cute.jit
     def _epilogue(
@@ -526,38 +531,37 @@ class GroupedGemmSm100:
                 factors = self._factors(scaling, smem.sAlpha, expert, n_tile, thread)
                 acc = acc_consumer.wait_and_advance()
                 blackwell.after_thread_sync()
-                for step in cutlass.range_constexpr(num_steps):
-                    cute.copy(tmem_load, tTR_tAcc[None, None, None, step, acc.index], rAcc)
-                    cute.arch.fence_view_async_tmem_load()
-                    if cutlass.const_expr(step == num_steps - 1):
-                        # The accumulator is in registers; the MMA may have its columns back.
-                        blackwell.before_thread_sync()
-                        acc.release()
-                    if cutlass.const_expr(step % steps_per_store == 0):
-                        # Behind this barrier alpha is complete, and the buffer's last store has read it.
-                        if warp == 0:
-                            cute.arch.cp_async_bulk_wait_group(config.num_d_stages - 1, read=True)
-                        self.epilogue_barrier.arrive_and_wait()
-                    if cutlass.const_expr(config.epilogue == BF16):
-                        self._scale(rAcc, rD, smem.sAlpha, step)
-                    else:
-                        self._swiglu(rAcc, rH, factors)
+                for store in cutlass.range(num_steps // steps_per_store, unroll=1):
+                    # Behind this barrier alpha is complete, and the buffer's last store has read it.
+                    if warp == 0:
+                        cute.arch.cp_async_bulk_wait_group(config.num_d_stages - 1, read=True)
+                    self.epilogue_barrier.arrive_and_wait()
+                    for part in cutlass.range(steps_per_store, unroll=1):
+                        step = store * steps_per_store + part
+                        cute.copy(tmem_load, tTR_tAcc[None, None, None, step, acc.index], rAcc)
+                        cute.arch.fence_view_async_tmem_load()
+                        if step == num_steps - 1:
+                            # The accumulator is in registers; the MMA may have its columns back.
+                            blackwell.before_thread_sync()
+                            acc.release()
+                        if cutlass.const_expr(config.epilogue == BF16):
+                            self._scale(rAcc, rD, smem.sAlpha, step)
+                        else:
+                            self._swiglu(rAcc, rH, factors)
                         if cutlass.const_expr(config.epilogue == SWIGLU):
                             rD.store(rH.load().to(cutlass.BFloat16))
-                        else:
+                        elif cutlass.const_expr(config.epilogue == SWIGLU_NVFP4):
                             row, block = row_tile * TILE_M + thread, (n_tile * num_steps + step) * STEP_BLOCKS
                             self._quantize(rH, rD, factors, scaling, row, block, is_mine)
-                    sD_row = cute.local_tile(smem.sD, (1, config.d_step, 1), (thread, step % steps_per_store, buffer))
-                    cute.autovec_copy(rD, sD_row)
-                    if cutlass.const_expr(step % steps_per_store == steps_per_store - 1):
-                        cute.arch.fence_view_async_shared()
-                        self.epilogue_barrier.arrive_and_wait()
-                        column = n_tile * (num_steps // steps_per_store) + step // steps_per_store
-                        if warp == 0:
-                            if is_mine:
-                                cute.copy(tma_d, tDsD[None, buffer], tDgD[None, row_tile, column])
-                            cute.arch.cp_async_bulk_commit_group()
-                        buffer = (buffer + 1) % config.num_d_stages
+                        cute.autovec_copy(rD, cute.local_tile(smem.sD, rD.shape, (thread, part, buffer)))
+                    cute.arch.fence_view_async_shared()
+                    self.epilogue_barrier.arrive_and_wait()
+                    if warp == 0:
+                        if is_mine:
+                            column = n_tile * (num_steps // steps_per_store) + store
+                            cute.copy(tma_d, tDsD[None, buffer], tDgD[None, row_tile, column])
+                        cute.arch.cp_async_bulk_commit_group()
+                    buffer = (buffer + 1) % config.num_d_stages
         # Shared memory must outlive the stores that read it.
         if warp == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -582,7 +586,7 @@ class GroupedGemmSm100:
         return factors
 
     @cute.jit
-    def _scale(self, rAcc: cute.Tensor, rD: cute.Tensor, sAlpha: cute.Tensor, step: cutlass.Constexpr) -> None:
+    def _scale(self, rAcc: cute.Tensor, rD: cute.Tensor, sAlpha: cute.Tensor, step: Any) -> None:
         """64 sums of a row, times alpha, to BF16."""
         rAlpha = cute.make_rmem_tensor(EPILOGUE_N, cutlass.Float32)
         cute.autovec_copy(cute.local_tile(sAlpha, (EPILOGUE_N,), (step,)), rAlpha)

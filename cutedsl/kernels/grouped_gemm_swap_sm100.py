@@ -36,6 +36,7 @@ the groups' rows are written. k and n are ragged as in `linear_sm100`.
 Names: W the weights (the MMA's A), X the tokens (its B); otherwise as in `linear_sm100`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -144,6 +145,11 @@ class Config:
         return codes + 2 * TILE_ROWS * TILE_K // NVFP4.block_size
 
     @property
+    def units_of_token(self) -> int:
+        """What a token's sums of a tile are split into for the threads that store them."""
+        return TILE_W // (BF16_UNIT if self.epilogue == BF16 else 2 * INTERLEAVE)
+
+    @property
     def smem_bytes(self) -> int:
         """Upper bound of a CTA's shared memory: stages, sums, tiles of experts, 1 KiB for barriers and alignment."""
         sums = 4 * self.tile_n * TOKEN_WORDS
@@ -162,9 +168,7 @@ class Config:
         if self.tile_n not in TILES_N:
             raise ValueError(f"Config: tile_n is {self.tile_n}, expected one of {TILES_N}")
         if self.num_ab_stages < 2 or self.num_acc_stages < 1:
-            raise ValueError(
-                f"Config: {self} has too few stages, expected at least 2 of w and x, 1 accumulator"
-            )
+            raise ValueError(f"Config: {self} has too few stages, expected at least 2 of w and x, 1 accumulator")
         arch = ARCHS[self.arch]
         if self.smem_bytes > arch.smem_bytes:
             raise ValueError(
@@ -221,7 +225,7 @@ class _Smem(NamedTuple):
     sX: Any
     sSFW: Any
     sSFX: Any
-    # Sums of a tile times alpha, by token and weight row, padded as the module says.
+    # (TILE_W, tile_n): sums of a tile times alpha, padded as the module says.
     sSums: Any
     # (MAX_EXPERTS + 1,): token tiles of all experts before each one; of all experts behind the last.
     sTile: Any
@@ -321,14 +325,12 @@ class GroupedGemmSwapSm100:
         tma_sfx, mSFX = cpasync.make_tiled_tma_atom(load, mSFX, cute.make_layout(sfx_box), sfx_box)
 
         # As many as there could be: only the device knows how many there are.
-        num_tiles = num_rows // config.tile_n * cute.ceil_div(n, TILE_W)
+        num_tiles = cute.ceil_div(num_rows, config.tile_n) * cute.ceil_div(n, TILE_W)
         grid = (cutlass.min(num_tiles, max_active_clusters), 1, 1)
         mD, mSFD = self._results(mD_bytes, mSFD_bytes)
         out = _Out(mD, mSFD, mAlpha, mHScale, limit, mCount, mPaddedOffset, n)
         atoms = (tma_w, tma_x, tma_sfw, tma_sfx)
-        self.kernel(tiled_mma, atoms, (mW, mX, mSFW, mSFX), out).launch(
-            grid=grid, block=(THREADS, 1, 1), stream=stream
-        )
+        self.kernel(tiled_mma, atoms, (mW, mX, mSFW, mSFX), out).launch(grid=grid, block=(THREADS, 1, 1), stream=stream)
 
     @cute.kernel
     def kernel(self, tiled_mma: cute.TiledMma, atoms: Any, tensors: Any, out: _Out) -> None:
@@ -367,15 +369,15 @@ class GroupedGemmSwapSm100:
     @cute.jit
     def _count_tiles(self, mCount: cute.Tensor, sTile: cute.Tensor) -> None:
         """One warp: sums token tiles over the experts; a lane has MAX_EXPERTS / 32 neighbours, loaded at once."""
-        experts_per_lane = MAX_EXPERTS // WARP
+        experts_per_lane, num_experts = MAX_EXPERTS // WARP, cute.size(mCount)
         lane = cute.arch.lane_idx()
         rTiles = cute.make_rmem_tensor(experts_per_lane, cutlass.Int32)
         total = cutlass.Int32(0)
         for i in cutlass.range_constexpr(experts_per_lane):
             expert = lane * experts_per_lane + i
-            rTiles[i] = cutlass.Int32(0)
-            if expert < cute.size(mCount):
-                rTiles[i] = cute.ceil_div(mCount[expert], self.config.tile_n)
+            # All lanes load, so that no load waits for another.
+            token_tiles = cute.ceil_div(mCount[cutlass.min(expert, num_experts - 1)], self.config.tile_n)
+            rTiles[i] = cutlass.select_(expert < num_experts, token_tiles, cutlass.Int32(0))
         for i in cutlass.range_constexpr(experts_per_lane):
             total += rTiles[i]
         # Sum over this lane and those below it.
@@ -485,9 +487,7 @@ class GroupedGemmSwapSm100:
             acc.commit()
 
     @cute.jit
-    def _epilogue(
-        self, tiled_mma: Any, out: _Out, smem: _Smem, tmem: Any, tiles: _Tiles, acc_consumer: Any
-    ) -> None:
+    def _epilogue(self, tiled_mma: Any, out: _Out, smem: _Smem, tmem: Any, tiles: _Tiles, acc_consumer: Any) -> None:
         """Epilogue warps: a weight row a thread from TMEM, times alpha, to shared memory; then units of tokens to D."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
@@ -495,24 +495,26 @@ class GroupedGemmSwapSm100:
         tAcc = self._accumulators(tiled_mma, tmem)[(None, None), 0, 0, None]
         load_atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(config.tile_n)), cutlass.Float32)
         tmem_load = tcgen05.make_tmem_copy(load_atom, tAcc[None, None, 0])
+        thr_load = tmem_load.get_slice(thread)
         # A thread has one weight row: (tile_n, 1, 1, stage)
-        tTR_tAcc = tmem_load.get_slice(thread).partition_S(tAcc)
-        rAcc = cute.make_rmem_tensor(tTR_tAcc[None, None, None, 0].shape, cutlass.Float32)
+        tTR_tAcc = thr_load.partition_S(tAcc)
+        tTR_sSums = thr_load.partition_D(smem.sSums)
+        tTR_rAcc = cute.make_rmem_tensor(tTR_sSums.shape, cutlass.Float32)
 
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             at = self._find(tiles, tile)
             alpha = self._alpha(out, at, thread)
             acc = acc_consumer.wait_and_advance()
             blackwell.after_thread_sync()
-            cute.copy(tmem_load, tTR_tAcc[None, None, None, acc.index], rAcc)
+            cute.copy(tmem_load, tTR_tAcc[None, None, None, acc.index], tTR_rAcc)
             cute.arch.fence_view_async_tmem_load()
             # The accumulator is in registers; the MMA may have its columns back.
             blackwell.before_thread_sync()
             acc.release()
             # Behind this barrier the last tile's sums have been read.
             self.epilogue_barrier.arrive_and_wait()
-            for token in cutlass.range_constexpr(config.tile_n):
-                smem.sSums[token, thread] = rAcc[token] * alpha
+            tTR_rAcc.store(tTR_rAcc.load() * alpha)
+            cute.autovec_copy(tTR_rAcc, tTR_sSums)
             self.epilogue_barrier.arrive_and_wait()
             self._finish(out, smem.sSums, at, thread)
 
@@ -534,10 +536,7 @@ class GroupedGemmSwapSm100:
         config = self.config
         first_row = out.mPaddedOffset[at.expert] + at.first_token
         num_tokens = out.mCount[at.expert] - at.first_token
-        if cutlass.const_expr(config.epilogue == BF16):
-            units_of_token = TILE_W // BF16_UNIT
-        else:
-            units_of_token = TILE_W // (2 * INTERLEAVE)
+        units_of_token = config.units_of_token
         for start in cutlass.range_constexpr(0, config.tile_n * units_of_token, EPILOGUE_THREADS):
             token, unit = (start + thread) // units_of_token, (start + thread) % units_of_token
             # With 8 or 16 tokens there are fewer units of groups than threads, but then also token >= tile_n.
@@ -549,9 +548,7 @@ class GroupedGemmSwapSm100:
                     self._store_block(out, sSums, first_row, token, unit, column, at.expert)
 
     @cute.jit
-    def _store_columns(
-        self, out: _Out, sSums: cute.Tensor, first_row: Any, token: Any, unit: Any, column: Any
-    ) -> None:
+    def _store_columns(self, out: _Out, sSums: cute.Tensor, first_row: Any, token: Any, unit: Any, column: Any) -> None:
         """Stores 8 columns of a token in BF16."""
         layout = cute.make_layout(
             (BF16_UNIT, (WARP // BF16_UNIT, TILE_W // WARP), self.config.tile_n),
@@ -570,9 +567,7 @@ class GroupedGemmSwapSm100:
         self, out: _Out, sSums: cute.Tensor, first_row: Any, token: Any, group: Any, block: Any, expert: Any
     ) -> None:
         """Stores one block of 16 h of a token, in BF16 or quantized."""
-        layout = cute.make_layout(
-            (WARP, TILE_W // WARP, self.config.tile_n), stride=(1, GROUP_WORDS, TOKEN_WORDS)
-        )
+        layout = cute.make_layout((WARP, TILE_W // WARP, self.config.tile_n), stride=(1, GROUP_WORDS, TOKEN_WORDS))
         num_blocks = out.n // (2 * INTERLEAVE)
         row = first_row + token
         if block < num_blocks:
@@ -608,8 +603,8 @@ class GroupedGemmSwapSm100:
             codes = quantize_block.block_codes(mD)
             return codes, quantize_block.swizzled_scales(mSFD, codes.shape[1])
         rows, columns = mD.shape
-        columns = cute.assume(columns, BF16_UNIT)
-        layout = cute.make_layout((rows, columns), stride=(cutlass.Int64(columns), 1))
+        # 64 bits, as rows of many experts can be more than 2^31 bytes; units are stored whole.
+        layout = cute.make_layout((rows, columns), stride=(cute.assume(cutlass.Int64(columns), BF16_UNIT), 1))
         return cute.make_tensor(mD.iterator, layout), None
 
     def _expert_codes(self, packed: cute.Tensor) -> cute.Tensor:
@@ -643,9 +638,7 @@ class GroupedGemmSwapSm100:
 
     def _tiled_mma(self) -> cute.TiledMma:
         shape = (TILE_W, self.config.tile_n, MMA_K)
-        op = tcgen05.MmaMXF4NVF4Op(
-            cutlass.Float8E4M3FN, shape, tcgen05.CtaGroup.ONE, tcgen05.OperandSource.SMEM
-        )
+        op = tcgen05.MmaMXF4NVF4Op(cutlass.Float8E4M3FN, shape, tcgen05.CtaGroup.ONE, tcgen05.OperandSource.SMEM)
         return cute.make_tiled_mma(op)
 
     def _ab_smem_layouts(self, tiled_mma: cute.TiledMma) -> tuple[Any, Any]:
@@ -669,16 +662,14 @@ class GroupedGemmSwapSm100:
         smem = memory.SmemAllocator()
         w_layout, x_layout = self._ab_smem_layouts(tiled_mma)
         sfw_layout, sfx_layout = self._sf_smem_layouts(tiled_mma)
-        sums_layout = cute.make_layout(
-            (config.tile_n, (WARP, TILE_W // WARP)), stride=(TOKEN_WORDS, (1, GROUP_WORDS))
-        )
+        sums_shape, sums_stride = ((WARP, TILE_W // WARP), config.tile_n), ((1, GROUP_WORDS), TOKEN_WORDS)
         # Swizzled buffers first: they want the largest alignment.
         return _Smem(
             sW=smem.allocate_tensor(cutlass.Float4E2M1FN, w_layout.outer, SWIZZLE_BYTES, w_layout.inner),
             sX=smem.allocate_tensor(cutlass.Float4E2M1FN, x_layout.outer, SWIZZLE_BYTES, x_layout.inner),
             sSFW=smem.allocate_tensor(cutlass.Float8E4M3FN, sfw_layout, 128),
             sSFX=smem.allocate_tensor(cutlass.Float8E4M3FN, sfx_layout, 128),
-            sSums=smem.allocate_tensor(cutlass.Float32, sums_layout, 128),
+            sSums=smem.allocate_tensor(cutlass.Float32, cute.make_layout(sums_shape, stride=sums_stride), 128),
             sTile=smem.allocate_tensor(cutlass.Int32, cute.make_layout(MAX_EXPERTS + 1), 16),
             ab_barriers=smem.allocate_array(cutlass.Int64, 2 * config.num_ab_stages),
             acc_barriers=smem.allocate_array(cutlass.Int64, 2 * config.num_acc_stages),
@@ -729,6 +720,173 @@ class GroupedGemmSwapSm100:
         )
 
 
+def grouped_gemm_swap(
+    mX: torch.Tensor,
+    mW: torch.Tensor,
+    mSFX: torch.Tensor,
+    mSFW: torch.Tensor,
+    alpha: torch.Tensor,
+    count: torch.Tensor,
+    padded_offset: torch.Tensor,
+    mD: torch.Tensor,
+    mSFD: torch.Tensor | None = None,
+    h_scale: torch.Tensor | None = None,
+    limit: float | None = None,
+    *,
+    epilogue: str,
+    tokens: int,
+    max_active_clusters: int | None = None,
+) -> None:
+    """For each expert e and its rows r: mD[r] = finish(alpha[e] * (e2m1(mX[r]) * mSFX[r]) (e2m1(mW[e]) * mSFW[e])^T).
+
+    Args:
+        mX: (P, k/2) uint8 - codes of tokens, those of expert e in rows padded_offset[e] .. + count[e] - 1; P may be 0.
+        mW: (E, n, k/2) uint8 - codes of weights; for SwiGLU 16 gate rows, 16 up rows, 16 gate rows, ...
+        mSFX: (P up to 128, k/16 up to 4) e4m3 - swizzled block scales; padded columns of tokens finite, rows of no token
+            anything.
+        mSFW: (E, n up to 128, k/16 up to 4) e4m3 - each expert's swizzled block scales; padded columns finite.
+        alpha: bf16: (E, blocks) fp32 - factor of each n/blocks weight rows; SwiGLU: (E, 2) fp32 - of gate and of up.
+        count: (E,) int32 - tokens of each expert, 0 or more.
+        padded_offset: (E + 1,) int32 - first row of each expert, a multiple of 128. The end of the last is not used.
+        mD: bf16: (P, n) bf16; swiglu: (P, n/2) bf16; swiglu_nvfp4: (P, n/4) uint8 codes. Rows of tokens are written
+            completely, others not at all.
+        mSFD: (P up to 128, n/32 up to 4) e4m3 - swizzled block scales of D, zeros behind n/32; swiglu_nvfp4 only.
+        h_scale: (E,) fp32 - input_scale of what follows, positive; swiglu_nvfp4 only.
+        limit: of SwiGLU, positive; None for no clamp, and for bf16.
+        epilogue: one of EPILOGUES.
+        tokens: of the largest group, a guess: it chooses the kernel; any gives the same result.
+        max_active_clusters: the most CTAs to launch; None: one for each SM.
+
+    Raises:
+        TypeError: a tensor is of another type, or is given or missing against the epilogue.
+        ValueError: a shape, stride, device or address is not as above, k no multiple of 32, n no multiple of 8 (SwiGLU:
+            32) or of blocks, E not in 1 .. 512, or a number is out of range.
+
+    A linear of few rows is one expert: P = count[0], padded_offset = 0, alpha of one block or of n.
+    Layout: all contiguous, matrices 16-byte aligned; scales in 128x4 tiles, see `cutedsl.layout`.
+    Numerics: products and sums FP32 in the tensor core, alpha in FP32, then one rounding to nearest even to BF16, or
+    SwiGLU as `blackwell.swiglu` and one rounding to BF16 or `quantize_block`. A row's result does not depend on the others.
+    Graph-safe: yes, after one call with the same configuration; the launch is on torch's current stream, nothing is
+    allocated and nothing read back. Not verified on hardware; nor, there, that scales of tokens may begin at an odd column
+    of TMEM, which happens only if an expert has more than 32 tokens and `tokens` said at most 32.
+    """
+    check(
+        mX, mW, mSFX, mSFW, alpha, count, padded_offset, mD, mSFD, h_scale, limit,
+        epilogue=epilogue, tokens=tokens, max_active_clusters=max_active_clusters,
+    )  # fmt: skip
+    if mX.shape[0] == 0:
+        return
+    config = choose_config(Shape(tokens, mW.shape[1], mW.shape[2] * NVFP4.codes_per_byte), epilogue)
+    if max_active_clusters is None:
+        max_active_clusters = _num_sms(mX.device)
+    limit = math.inf if limit is None else limit
+    compiled(config)(mX, mW, mSFX, mSFW, alpha, count, padded_offset, mD, mSFD, h_scale, limit, max_active_clusters)
+
+
+def check(
+    mX: torch.Tensor,
+    mW: torch.Tensor,
+    mSFX: torch.Tensor,
+    mSFW: torch.Tensor,
+    alpha: torch.Tensor,
+    count: torch.Tensor,
+    padded_offset: torch.Tensor,
+    mD: torch.Tensor,
+    mSFD: torch.Tensor | None = None,
+    h_scale: torch.Tensor | None = None,
+    limit: float | None = None,
+    *,
+    epilogue: str,
+    tokens: int,
+    max_active_clusters: int | None = None,
+) -> None:
+    """Raises what grouped_gemm_swap raises; reads no device memory."""
+    _check_numbers(epilogue, limit, tokens, max_active_clusters)
+    device = mX.device
+    _check("mX", mX, torch.uint8, (None, None), device)
+    _check("mW", mW, torch.uint8, (None, None, mX.shape[1]), device)
+    rows = mX.shape[0]
+    num_experts, n, k = mW.shape[0], mW.shape[1], mW.shape[2] * NVFP4.codes_per_byte
+    _check_sizes(epilogue, num_experts, n, k)
+    columns = k // NVFP4.block_size
+    _check("mSFX", mSFX, NVFP4.scale_dtype, padded_shape(rows, columns), device)
+    _check("mSFW", mSFW, NVFP4.scale_dtype, (num_experts, *padded_shape(n, columns)), device)
+    _check("alpha", alpha, torch.float32, (num_experts, None if epilogue == BF16 else 2), device, 4)
+    if alpha.shape[1] < 1 or n % alpha.shape[1]:
+        raise ValueError(
+            f"grouped_gemm_swap_sm100: alpha has {alpha.shape[1]} blocks, expected a divisor of n, which is {n}"
+        )
+    _check("count", count, torch.int32, (num_experts,), device, 4)
+    _check("padded_offset", padded_offset, torch.int32, (num_experts + 1,), device, 4)
+    if epilogue != SWIGLU_NVFP4:
+        _check("mD", mD, torch.bfloat16, (rows, n if epilogue == BF16 else n // 2), device)
+        if mSFD is not None or h_scale is not None:
+            raise TypeError(f"grouped_gemm_swap_sm100: {epilogue} has no mSFD and no h_scale; pass None")
+        return
+    if mSFD is None or h_scale is None:
+        raise TypeError(f"grouped_gemm_swap_sm100: {epilogue} needs mSFD and h_scale; pass both")
+    _check("mD", mD, torch.uint8, (rows, n // 4), device)
+    _check("mSFD", mSFD, NVFP4.scale_dtype, padded_shape(rows, n // (2 * INTERLEAVE)), device)
+    _check("h_scale", h_scale, torch.float32, (num_experts,), device, 4)
+
+
+def _check_numbers(epilogue: str, limit: float | None, tokens: int, max_active_clusters: int | None) -> None:
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"grouped_gemm_swap_sm100: epilogue is {epilogue!r}, expected one of {EPILOGUES}")
+    if limit is not None and (epilogue == BF16 or not limit > 0):
+        raise ValueError(
+            f"grouped_gemm_swap_sm100: limit is {limit} with {epilogue}, expected a positive number with SwiGLU, or None"
+        )
+    if tokens < 1:
+        raise ValueError(f"grouped_gemm_swap_sm100: tokens is {tokens}, expected at least 1")
+    if max_active_clusters is not None and max_active_clusters < 1:
+        raise ValueError(
+            f"grouped_gemm_swap_sm100: max_active_clusters is {max_active_clusters}, expected at least 1, or None"
+        )
+
+
+def _check_sizes(epilogue: str, num_experts: int, n: int, k: int) -> None:
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"grouped_gemm_swap_sm100: mW has {num_experts} experts, expected 1 .. {MAX_EXPERTS}")
+    if k < K_MULTIPLE or k % K_MULTIPLE:
+        raise ValueError(
+            f"grouped_gemm_swap_sm100: k is {k}, expected a positive multiple of {K_MULTIPLE}: TMA loads rows of 16 "
+            "bytes; pad K"
+        )
+    multiple = N_MULTIPLE[epilogue]
+    if n < multiple or n % multiple:
+        raise ValueError(
+            f"grouped_gemm_swap_sm100: n is {n} with {epilogue}, expected a positive multiple of {multiple}; pad N"
+        )
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    align: int = TMA_BYTES,
+) -> None:
+    registry.check_tensor("grouped_gemm_swap_sm100", name, tensor, (dtype,), shape, device)
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"grouped_gemm_swap_sm100: {name} has strides {tensor.stride()}, expected contiguous rows; copy it"
+        )
+    if tensor.data_ptr() % align:
+        raise ValueError(
+            f"grouped_gemm_swap_sm100: {name} starts at {tensor.data_ptr():#x}, expected a multiple of {align} bytes; "
+            "a slice of a larger tensor may need a copy"
+        )
+
+
+def _num_sms(device: torch.device) -> int:
+    """Returns the SMs of a GPU; those of the full part for tensors that are on none."""
+    if device.type != "cuda":
+        return ARCHS["sm_100a"].num_sms
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def compiled(config: Config, line_info: bool | None = None) -> Callable[..., None]:
     """The compiled kernel: takes what GroupedGemmSwapSm100.__call__ does, unchecked, without the stream.
 
@@ -742,7 +900,7 @@ def compiled(config: Config, line_info: bool | None = None) -> Callable[..., Non
 def _stand_ins(config: Config) -> tuple[Any, ...]:
     """Returns what the kernel is compiled with: its arguments with symbolic sizes."""
     experts, n = cute.sym_int(), cute.sym_int(divisibility=N_MULTIPLE[config.epilogue])
-    rows, padded_n = cute.sym_int(divisibility=TILE_ROWS), cute.sym_int(divisibility=TILE_ROWS)
+    rows, padded_rows = cute.sym_int(), cute.sym_int(divisibility=TILE_ROWS)
     k_bytes, padded_k = cute.sym_int(divisibility=TMA_BYTES), cute.sym_int(divisibility=TILE_COLUMNS)
     quantized = config.epilogue == SWIGLU_NVFP4
     d_type = cutlass.Uint8 if quantized else cutlass.BFloat16
@@ -754,13 +912,13 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
     return (
         matrix(cutlass.Uint8, rows, k_bytes),
         matrix(cutlass.Uint8, experts, n, k_bytes),
-        matrix(cutlass.Float8E4M3FN, rows, padded_k),
-        matrix(cutlass.Float8E4M3FN, experts, padded_n, padded_k),
+        matrix(cutlass.Float8E4M3FN, padded_rows, padded_k),
+        matrix(cutlass.Float8E4M3FN, experts, cute.sym_int(divisibility=TILE_ROWS), padded_k),
         matrix(cutlass.Float32, experts, cute.sym_int(), align=4),
         matrix(cutlass.Int32, experts, align=4),
         matrix(cutlass.Int32, cute.sym_int(), align=4),
         matrix(d_type, rows, cute.sym_int(divisibility=8)),
-        matrix(cutlass.Float8E4M3FN, rows, cute.sym_int(divisibility=TILE_COLUMNS)) if quantized else None,
+        matrix(cutlass.Float8E4M3FN, padded_rows, cute.sym_int(divisibility=TILE_COLUMNS)) if quantized else None,
         matrix(cutlass.Float32, experts, align=4) if quantized else None,
         cutlass.Float32(1.0),
         cutlass.Int32(1),

@@ -2,8 +2,8 @@
 
 The hard part is to fail at load and not in a sentence a user reads: a scale that was never loaded is NaN, zero or
 infinite, a shard cut in the middle of a block has a K that is no multiple of 16, and both must stop the load with the
-layer's name. A runner holds the very tensors it was given, never copies; the products of scales (alpha) are formed
-once, at construction, so a scale must not be changed afterwards.
+layer's name. A runner holds the very tensors it was given, never copies (sm100 permutes them in place, and copies what
+must be padded); the products of scales (alpha) are formed once, at construction, so a scale must not be changed afterwards.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ _NAN_BYTE = 0x7F
 
 
 def select_backend(name: str, backend: str, backends: Mapping[str, Callable]) -> Callable:
-    """Returns backends[backend].
+    """Returns backends[backend]: a function that takes the runner, checked and complete, and returns its forward function.
 
     Raises:
         ValueError: the backend is not known; the message lists the known ones. There is no fallback.

@@ -23,19 +23,21 @@ class LinearRunner:
         weight_scale_2: (num_shards,) fp32 - tensor scale of each shard, finite and positive.
         input_scale: (num_shards,) fp32 - activation's tensor scale for each shard, finite and positive.
         shard_sizes: rows of each shard, positive, sum N.
-        backend: a key of BACKENDS.
+        backend: a key of BACKENDS. sm100 prepares the weight's scales in place (`cutedsl.prepare`): nothing else can
+            use them any more.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
         in_features, out_features: K and N.
         device: of the weight.
-        matrix: the weight with alpha (N,) and its rows by distinct input_scale.
+        matrix: the weight with alpha (N,) and its rows by distinct input_scale; backend reference only.
 
     Raises:
         TypeError: a type is wrong.
-        ValueError: a shape, device or value is wrong, or the backend is unknown.
+        ValueError: a shape, device or value is wrong, the backend is unknown, or cannot compute this layer.
 
-    Numerics: as reference.linear. Construction reads scales back to the host; a call does not.
+    Numerics: as reference.linear; the order of sums is the backend's. Construction reads scales back to the
+    host; a call does not.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class LinearRunner:
     ) -> None:
         self.name = name
         self.backend = backend
-        self._forward = select_backend(name, backend, BACKENDS)
+        make_forward = select_backend(name, backend, BACKENDS)
         self.shard_sizes = tuple(int(size) for size in shard_sizes)
         if not self.shard_sizes or min(self.shard_sizes) < 1:
             raise ValueError(f"{name}: shard_sizes are {self.shard_sizes}, expected one positive row count per shard")
@@ -62,6 +64,7 @@ class LinearRunner:
         self.weight_scale_2 = check_scale(name, "weight_scale_2", weight_scale_2, shape, self.device)
         self.input_scale = check_scale(name, "input_scale", input_scale, shape, self.device)
         self.matrix = pack_matrix(weight, weight_scale, self.weight_scale_2, self.input_scale, self.shard_sizes)
+        self._forward = make_forward(self)
         self.runner_id = registry.register(self, "linear")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,8 +72,21 @@ class LinearRunner:
         return self._forward(self, x)
 
 
-def _reference(runner: LinearRunner, x: torch.Tensor) -> torch.Tensor:
-    return reference.linear(x, runner.matrix)
+Forward = Callable[[LinearRunner, torch.Tensor], torch.Tensor]
 
 
-BACKENDS: dict[str, Callable[[LinearRunner, torch.Tensor], torch.Tensor]] = {"reference": _reference}
+def _reference(runner: LinearRunner) -> Forward:
+    return lambda runner, x: reference.linear(x, runner.matrix)
+
+
+def _sm100(runner: LinearRunner) -> Forward:
+    # Imported when asked for: it needs the kernel compiler.
+    from cutedsl.runners import sm100
+
+    chain = sm100.LinearChain(runner.name, runner.matrix)
+    # What was prepared in place is no matrix for others, and what was replaced should not be kept.
+    del runner.matrix, runner.weight, runner.weight_scale
+    return lambda _, x: chain(x)
+
+
+BACKENDS: dict[str, Callable[[LinearRunner], Forward]] = {"reference": _reference, "sm100": _sm100}

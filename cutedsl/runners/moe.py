@@ -10,6 +10,7 @@ import torch
 
 from cutedsl.ops import registry
 from cutedsl.reference import moe as reference
+from cutedsl.reference.linear import PackedMatrix
 from cutedsl.routing import local_expert_ids
 from cutedsl.runners import check_packed, check_scale, check_swiglu_limit, pack_matrix, select_backend
 
@@ -30,7 +31,8 @@ class MoeRunner:
         swiglu_limit: finite and positive, or None for no clamp.
         expert_map: (num_global_experts,) int32 or int64 - local id or -1 of a global id; None if ids are local.
         apply_router_weight_on_input: must be False.
-        backend: a key of BACKENDS.
+        backend: a key of BACKENDS. sm100 prepares weights and scales in place (`cutedsl.prepare`): nothing else can use
+            them any more.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
@@ -38,15 +40,18 @@ class MoeRunner:
         device: of the weights.
         num_experts: E, on this rank.
         num_global_experts: bound of the ids the op takes.
-        experts: gate_up and down of each expert, views of the stacks.
+        experts: gate_up and down of each expert, views of the stacks; backend reference only.
 
     Raises:
         TypeError: a type is wrong.
-        ValueError: a shape, device or value is wrong, the backend is unknown, or the router's weight is to be applied
-            to the input.
+        ValueError: a shape, device or value is wrong, the backend is unknown or cannot compute this layer, or the
+            router's weight is to be applied to the input.
 
-    Numerics: as reference.moe. Construction reads scales back to the host.
+    Numerics: as reference.moe; the order of sums is the backend's, and sm100 rounds each expert's output to BF16.
+    Construction reads scales back to the host.
     """
+
+    experts: tuple[tuple[PackedMatrix, PackedMatrix], ...]
 
     def __init__(
         self,
@@ -66,27 +71,21 @@ class MoeRunner:
     ) -> None:
         self.name = name
         self.backend = backend
-        self._forward = select_backend(name, backend, BACKENDS)
+        make_forward = select_backend(name, backend, BACKENDS)
         self.swiglu_limit = check_swiglu_limit(name, swiglu_limit)
         if apply_router_weight_on_input:
             raise ValueError(f"{name}: apply_router_weight_on_input is not supported; weights multiply expert outputs")
         self._set_sizes(w13_weight, w13_weight_scale, w2_weight, w2_weight_scale)
         self.expert_map = self._checked_map(expert_map)
         self.num_global_experts = self.num_experts if expert_map is None else expert_map.numel()
-        e, two_i = w13_weight.shape[:2]
-        w13_weight_scale_2 = check_scale(name, "w13 weight_scale_2", w13_weight_scale_2, (e, 2), self.device)
-        w13_input_scale = check_scale(name, "w13 input_scale", w13_input_scale, (e, 2), self.device)
-        w2_weight_scale_2 = check_scale(name, "w2 weight_scale_2", w2_weight_scale_2, (e,), self.device)
-        w2_input_scale = check_scale(name, "w2 input_scale", w2_input_scale, (e,), self.device)
+        e = self.num_experts
+        self.w13_weight_scale_2 = check_scale(name, "w13 weight_scale_2", w13_weight_scale_2, (e, 2), self.device)
+        self.w13_input_scale = check_scale(name, "w13 input_scale", w13_input_scale, (e, 2), self.device)
+        self.w2_weight_scale_2 = check_scale(name, "w2 weight_scale_2", w2_weight_scale_2, (e,), self.device)
+        self.w2_input_scale = check_scale(name, "w2 input_scale", w2_input_scale, (e,), self.device)
         self.w13_weight, self.w13_weight_scale = w13_weight, w13_weight_scale
         self.w2_weight, self.w2_weight_scale = w2_weight, w2_weight_scale
-        shards = (two_i // 2, two_i // 2)
-        w13 = zip(w13_weight, w13_weight_scale, w13_weight_scale_2, w13_input_scale, strict=True)
-        w2 = zip(w2_weight, w2_weight_scale, w2_weight_scale_2.split(1), w2_input_scale.split(1), strict=True)
-        self.experts = tuple(
-            (pack_matrix(*gate_up, shards), pack_matrix(*down, (self.out_features,)))
-            for gate_up, down in zip(w13, w2, strict=True)
-        )
+        self._forward = make_forward(self)
         self.runner_id = registry.register(self, "moe")
 
     def _set_sizes(self, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
@@ -127,7 +126,26 @@ class MoeRunner:
         return self._forward(self, x, topk_weights, topk_ids)
 
 
-def _reference(runner: MoeRunner, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+Forward = Callable[[MoeRunner, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _reference(runner: MoeRunner) -> Forward:
+    rows = runner.w13_weight.shape[1] // 2
+    w13 = zip(
+        runner.w13_weight, runner.w13_weight_scale, runner.w13_weight_scale_2, runner.w13_input_scale, strict=True
+    )
+    w2_scales = runner.w2_weight_scale_2.split(1), runner.w2_input_scale.split(1)
+    w2 = zip(runner.w2_weight, runner.w2_weight_scale, *w2_scales, strict=True)
+    runner.experts = tuple(
+        (pack_matrix(*gate_up, (rows, rows)), pack_matrix(*down, (runner.out_features,)))
+        for gate_up, down in zip(w13, w2, strict=True)
+    )
+    return _reference_forward
+
+
+def _reference_forward(
+    runner: MoeRunner, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
     if topk_ids.numel() and int(topk_ids.max()) >= runner.num_global_experts:
         raise ValueError(
             f"{runner.name}: the largest expert id is {int(topk_ids.max())}, expected ids below "
@@ -137,6 +155,26 @@ def _reference(runner: MoeRunner, x: torch.Tensor, topk_weights: torch.Tensor, t
     return reference.moe(x, topk_weights, local_ids, runner.experts, runner.swiglu_limit)
 
 
-BACKENDS: dict[str, Callable[[MoeRunner, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "reference": _reference
-}
+def _sm100(runner: MoeRunner) -> Forward:
+    # Imported when asked for: it needs the kernel compiler.
+    from cutedsl.runners import sm100
+
+    chain = sm100.MoeChain(
+        runner.name,
+        runner.w13_weight,
+        runner.w13_weight_scale,
+        runner.w13_weight_scale_2,
+        runner.w13_input_scale,
+        runner.w2_weight,
+        runner.w2_weight_scale,
+        runner.w2_weight_scale_2,
+        runner.w2_input_scale,
+        runner.expert_map,
+        runner.swiglu_limit,
+    )
+    # What was prepared in place is no matrix for others, and what was replaced should not be kept.
+    del runner.w13_weight, runner.w13_weight_scale, runner.w2_weight, runner.w2_weight_scale
+    return lambda _, x, topk_weights, topk_ids: chain(x, topk_weights, topk_ids)
+
+
+BACKENDS: dict[str, Callable[[MoeRunner], Forward]] = {"reference": _reference, "sm100": _sm100}

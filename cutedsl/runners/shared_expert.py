@@ -27,19 +27,21 @@ class SharedExpertRunner:
         down_weight_scale_2: () or (1,) fp32.
         down_input_scale: () or (1,) fp32.
         swiglu_limit: finite and positive, or None for no clamp.
-        backend: a key of BACKENDS.
+        backend: a key of BACKENDS. sm100 prepares weights and scales in place (`cutedsl.prepare`): nothing else can use
+            them any more.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
         in_features, out_features: both H.
         device: of the weights.
-        gate_up, down: the matrices with their alphas.
+        gate_up, down: the matrices with their alphas; backend reference only.
 
     Raises:
         TypeError: a type is wrong.
-        ValueError: a shape, device or value is wrong, or the backend is unknown.
+        ValueError: a shape, device or value is wrong, the backend is unknown, or cannot compute this layer.
 
-    Numerics: as reference.shared_expert. Construction reads scales back to the host; a call does not.
+    Numerics: as reference.shared_expert; the order of sums is the backend's. Construction reads scales back to the
+    host; a call does not.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class SharedExpertRunner:
     ) -> None:
         self.name = name
         self.backend = backend
-        self._forward = select_backend(name, backend, BACKENDS)
+        make_forward = select_backend(name, backend, BACKENDS)
         self.swiglu_limit = check_swiglu_limit(name, swiglu_limit)
         rows = gate_up_weight.shape[0]
         if rows % 2:
@@ -71,11 +73,15 @@ class SharedExpertRunner:
         if intermediate != rows // 2:
             raise ValueError(f"{name}: down has K = {intermediate}, expected {rows // 2}, half the rows of gate_up")
         self.in_features = self.out_features = hidden
+        self.gate_up_weight_scale_2 = check_scale(
+            name, "gate_up weight_scale_2", gate_up_weight_scale_2, (2,), self.device
+        )
+        self.gate_up_input_scale = check_scale(name, "gate_up input_scale", gate_up_input_scale, (2,), self.device)
         self.gate_up = pack_matrix(
             gate_up_weight,
             gate_up_weight_scale,
-            check_scale(name, "gate_up weight_scale_2", gate_up_weight_scale_2, (2,), self.device),
-            check_scale(name, "gate_up input_scale", gate_up_input_scale, (2,), self.device),
+            self.gate_up_weight_scale_2,
+            self.gate_up_input_scale,
             (intermediate, intermediate),
         )
         self.down = pack_matrix(
@@ -85,6 +91,7 @@ class SharedExpertRunner:
             check_scale(name, "down input_scale", down_input_scale, (1,), self.device),
             (hidden,),
         )
+        self._forward = make_forward(self)
         self.runner_id = registry.register(self, "shared_expert")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,8 +99,22 @@ class SharedExpertRunner:
         return self._forward(self, x)
 
 
-def _reference(runner: SharedExpertRunner, x: torch.Tensor) -> torch.Tensor:
-    return reference.shared_expert(x, runner.gate_up, runner.down, runner.swiglu_limit)
+Forward = Callable[[SharedExpertRunner, torch.Tensor], torch.Tensor]
 
 
-BACKENDS: dict[str, Callable[[SharedExpertRunner, torch.Tensor], torch.Tensor]] = {"reference": _reference}
+def _reference(runner: SharedExpertRunner) -> Forward:
+    return lambda runner, x: reference.shared_expert(x, runner.gate_up, runner.down, runner.swiglu_limit)
+
+
+def _sm100(runner: SharedExpertRunner) -> Forward:
+    # Imported when asked for: it needs the kernel compiler.
+    from cutedsl.runners import sm100
+
+    scales = runner.gate_up_weight_scale_2, runner.gate_up_input_scale
+    chain = sm100.SharedExpertChain(runner.name, runner.gate_up, runner.down, *scales, runner.swiglu_limit)
+    # What was prepared in place is no matrix for others, and what was replaced should not be kept.
+    del runner.gate_up, runner.down
+    return lambda _, x: chain(x)
+
+
+BACKENDS: dict[str, Callable[[SharedExpertRunner], Forward]] = {"reference": _reference, "sm100": _sm100}

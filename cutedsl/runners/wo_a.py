@@ -25,20 +25,22 @@ class WoARunner:
         num_groups: G, on this rank.
         head_dim: elements of a head; divides D.
         rope_dim: rotated elements at the end of a head; even, at most head_dim.
-        backend: a key of BACKENDS.
+        backend: a key of BACKENDS. sm100 prepares the weight's scales in place (`cutedsl.prepare`): nothing else can
+            use them any more.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
         num_heads: heads on this rank, G * D / head_dim.
         out_features: G * R.
         device: of the weight.
-        matrix: the weight with alpha (G * R,).
+        matrix: the weight with alpha (G * R,); backend reference only.
 
     Raises:
         TypeError: a type is wrong.
-        ValueError: a shape, device or value is wrong, or the backend is unknown.
+        ValueError: a shape, device or value is wrong, the backend is unknown, or cannot compute this layer.
 
-    Numerics: as reference.wo_a. Construction reads scales back to the host; a call does not.
+    Numerics: as reference.wo_a; the order of sums is the backend's. Construction reads scales back to the
+    host; a call does not.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class WoARunner:
     ) -> None:
         self.name = name
         self.backend = backend
-        self._forward = select_backend(name, backend, BACKENDS)
+        make_forward = select_backend(name, backend, BACKENDS)
         self.out_features = weight.shape[0]
         d_in = check_packed(name, "wo_a", weight, weight_scale, (self.out_features,))
         if num_groups < 1 or self.out_features % num_groups:
@@ -67,13 +69,10 @@ class WoARunner:
         self.num_groups, self.head_dim, self.rope_dim = num_groups, head_dim, rope_dim
         self.num_heads = num_groups * d_in // head_dim
         self.device = weight.device
-        self.matrix = pack_matrix(
-            weight,
-            weight_scale,
-            check_scale(name, "weight_scale_2", weight_scale_2, (1,), self.device),
-            check_scale(name, "input_scale", input_scale, (1,), self.device),
-            (self.out_features,),
-        )
+        self.weight_scale_2 = check_scale(name, "weight_scale_2", weight_scale_2, (1,), self.device)
+        self.input_scale = check_scale(name, "input_scale", input_scale, (1,), self.device)
+        self.matrix = pack_matrix(weight, weight_scale, self.weight_scale_2, self.input_scale, (self.out_features,))
+        self._forward = make_forward(self)
         self.runner_id = registry.register(self, "wo_a")
 
     def __call__(self, o: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor) -> torch.Tensor:
@@ -81,12 +80,27 @@ class WoARunner:
         return self._forward(self, o, positions, cos_sin_cache)
 
 
-def _reference(
-    runner: WoARunner, o: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor
-) -> torch.Tensor:
-    return reference.wo_a(o, positions, cos_sin_cache, runner.matrix, runner.num_groups, runner.rope_dim)
+Forward = Callable[[WoARunner, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-BACKENDS: dict[str, Callable[[WoARunner, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "reference": _reference
-}
+def _reference(runner: WoARunner) -> Forward:
+    def forward(
+        runner: WoARunner, o: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor
+    ) -> torch.Tensor:
+        return reference.wo_a(o, positions, cos_sin_cache, runner.matrix, runner.num_groups, runner.rope_dim)
+
+    return forward
+
+
+def _sm100(runner: WoARunner) -> Forward:
+    # Imported when asked for: it needs the kernel compiler.
+    from cutedsl.runners import sm100
+
+    sizes = runner.num_groups, runner.head_dim, runner.rope_dim
+    chain = sm100.WoAChain(runner.name, runner.matrix, runner.weight_scale_2, runner.input_scale, *sizes)
+    # What was prepared in place is no matrix for others, and what was replaced should not be kept.
+    del runner.matrix
+    return lambda _, o, positions, cos_sin_cache: chain(o, positions, cos_sin_cache)
+
+
+BACKENDS: dict[str, Callable[[WoARunner], Forward]] = {"reference": _reference, "sm100": _sm100}

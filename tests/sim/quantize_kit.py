@@ -1,7 +1,13 @@
 """What tests of kernels that quantize share: inputs with every kind of number, and the reference's bytes in whole buffers."""
 
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from unittest import mock
+
 import torch
 
+import ptxsim
 from cutedsl.layout import padded_shape, swizzle_block_scale
 from cutedsl.quantize import quantize_activation
 
@@ -103,6 +109,19 @@ class Outputs:
             assert (whole[-GUARD:] == POISON).all(), f"bytes behind the {name} were written"
         assert_same_bytes("codes", self.codes, self.expected_codes)
         assert_same_bytes("swizzled scales", self.scales.view(torch.uint8), swizzle_block_scale(self._expected_scales))
+
+
+@contextlib.contextmanager
+def simulated(module: ModuleType, policy: str, seed: int) -> Iterator[list[ptxsim.Report]]:
+    """Kernels that the module's functions launch run here; yields a list to which their reports are added."""
+    reports = []
+    compiled = module.compiled
+
+    def launcher(config):
+        return lambda *args: reports.append(ptxsim.run(compiled(config), *args, policy=policy, seed=seed))
+
+    with mock.patch.object(module, "compiled", launcher):
+        yield reports
 
 
 def assert_same_bytes(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:

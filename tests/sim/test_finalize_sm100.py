@@ -35,7 +35,11 @@ class Problem(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def make_problem(num_tokens: int, top_k: int, num_columns: int, y_fp32: bool, shared: bool) -> Problem:
-    """Values of very different sizes, so that another order of summation gives other bits; NaN in rows of no choice."""
+    """Values of very different sizes; NaN in rows of no choice.
+
+    The shared expert takes away what the routed ones give, to BF16: what is left shows the last bits of the FP32 sum, and
+    so another order or another rounding of a product.
+    """
     generator = torch.Generator().manual_seed(num_tokens * 1009 + top_k * 31 + num_columns)
     ids = torch.randint(-1, NUM_EXPERTS, (num_tokens, top_k), generator=generator)
     ids[num_tokens // 2] = -1
@@ -45,8 +49,8 @@ def make_problem(num_tokens: int, top_k: int, num_columns: int, y_fp32: bool, sh
     exponent = torch.randint(-12, 13, (len(used), num_columns), generator=generator)
     y[used] = torch.randn(len(used), num_columns, generator=generator) * torch.exp2(exponent)
     weights = torch.randn(num_tokens, top_k, generator=generator)
-    added = torch.randn(num_tokens, num_columns, generator=generator).bfloat16() if shared else None
     y = y if y_fp32 else y.bfloat16()
+    added = -reference(y, ids, weights, None) if shared else None
     return Problem(y, route.choice_row, weights, added, reference(y, ids, weights, added))
 
 

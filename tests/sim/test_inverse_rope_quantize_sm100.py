@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantize_kit import SPECIAL_SCALES, Outputs, random_rows, special_rows
+from quantize_kit import SPECIAL_SCALES, Outputs, random_rows, simulated, special_rows
 
 import ptxsim
 from cutedsl import compile as compiler
@@ -31,7 +31,7 @@ def simulate(
     cache: torch.Tensor,
     num_groups: int,
     tensor_scale: float,
-    ctas: int,
+    ctas: int | None,
     policy: str,
     seed: int,
 ) -> ptxsim.Report:
@@ -44,11 +44,10 @@ def simulate(
     outputs = Outputs(num_groups * padded, d_in)
     for group in range(num_groups):
         outputs.expect(slice(group * padded, group * padded + num_tokens), restored[:, group], scale)
-    arguments = (o, positions, cache, scale, outputs.codes, outputs.scales)
-    kernels.check(*arguments[:4], num_groups, *arguments[4:], ctas)
-    kernel = kernels.compiled(choose_config(o, cache.shape[1]))
-    report = ptxsim.run(kernel, *arguments, ctas, policy=policy, seed=seed)
+    with simulated(kernels, policy, seed) as reports:
+        kernels.inverse_rope_quantize(o, positions, cache, scale, num_groups, outputs.codes, outputs.scales, ctas)
     outputs.check()
+    (report,) = reports
     return report
 
 
@@ -57,11 +56,11 @@ def random_o(num_tokens: int, num_heads: int, head_dim: int, seed: int) -> torch
 
 
 # T, heads, groups, CTAs of a group.
-SHAPES = [(1, 1, 1, 1), (7, 4, 2, 3), (2, 16, 8, 1), (64, 2, 1, 2), (129, 1, 1, 5)]
+SHAPES = [(1, 1, 1, 1), (7, 4, 2, None), (2, 16, 8, 1), (64, 2, 1, 2), (129, 1, 1, 5)]
 
 
 def test_shapes(matrix) -> None:
-    def case(policy: str, seed: int, shape: tuple[int, int, int, int]) -> ptxsim.Report:
+    def case(policy: str, seed: int, shape: tuple[int, int, int, int | None]) -> ptxsim.Report:
         num_tokens, num_heads, num_groups, ctas = shape
         o = random_o(num_tokens, num_heads, 512, seed)
         return simulate(o, make_cache(64, seed), num_groups, 0.0021, ctas, policy, seed)

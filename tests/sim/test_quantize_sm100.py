@@ -1,11 +1,12 @@
 """Quantization on Blackwell: simulated, byte for byte the reference's, and nothing else written; every contract."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from quantize_kit import SPECIAL_SCALES, Outputs, random_rows, special_rows
+from quantize_kit import SPECIAL_SCALES, TIES, Outputs, random_rows, simulated, special_rows
 
 import ptxsim
 from cutedsl import compile as compiler
@@ -21,7 +22,7 @@ prepare_environment()
 TENSOR_SCALE = 0.0021
 
 
-def simulate(x: torch.Tensor, tensor_scale: float, ctas: int, policy: str, seed: int) -> ptxsim.Report:
+def simulate(x: torch.Tensor, tensor_scale: float, ctas: int | None, policy: str, seed: int) -> ptxsim.Report:
     """Quantizes (M, K) or (T, G, D) and compares all bytes."""
     grouped = quantize_sm100.grouped(x)
     num_tokens, num_groups, k = grouped.shape
@@ -31,11 +32,10 @@ def simulate(x: torch.Tensor, tensor_scale: float, ctas: int, policy: str, seed:
     for group in range(num_groups):
         first = group * padded
         outputs.expect(slice(first, first + num_tokens), grouped[:, group], scale)
-    arguments = (x, scale, outputs.codes, outputs.scales)
-    quantize_sm100.check(*arguments, ctas)
-    kernel = quantize_sm100.compiled(choose_config(x, by_slot=False))
-    report = ptxsim.run(kernel, grouped, *arguments[1:], None, None, None, None, ctas, policy=policy, seed=seed)
+    with simulated(quantize_sm100, policy, seed) as reports:
+        quantize_sm100.quantize(x, scale, outputs.codes, outputs.scales, ctas)
     outputs.check()
+    (report,) = reports
     return report
 
 
@@ -45,7 +45,7 @@ SHAPES = [
     (7, 64, 4),
     (64, 512, 3),
     (129, 48, 2),
-    (129, 176, 8),
+    (129, 176, None),
     (820, 16, 5),
     (820, 64, 1),
     (5, 1536, 7),
@@ -54,7 +54,7 @@ SHAPES = [
 
 
 def test_shapes(matrix) -> None:
-    def case(policy: str, seed: int, shape: tuple[int, int, int]) -> ptxsim.Report:
+    def case(policy: str, seed: int, shape: tuple[int, int, int | None]) -> ptxsim.Report:
         m, k, ctas = shape
         return simulate(random_rows(m, k, seed), TENSOR_SCALE, ctas, policy, seed)
 
@@ -184,20 +184,16 @@ def make_slots(x: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> Slo
     return Slots(x, scales, *integers)
 
 
-def simulate_slots(slots: Slots, ctas: int, policy: str, seed: int) -> ptxsim.Report:
+def simulate_slots(slots: Slots, ctas: int | None, policy: str, seed: int) -> ptxsim.Report:
     outputs = Outputs(len(slots.tile_expert) * 128, slots.x.shape[1])
     for slot in range(int(slots.num_slots)):
         row = int(slots.slot_row[slot])
         scale = slots.tensor_scale[slots.tile_expert[row // 128]]
         outputs.expect(slice(row, row + 1), slots.x[slots.slot_token[slot], None], scale)
-    arguments = (*slots, outputs.codes, outputs.scales)
-    quantize_sm100.check_slots(*arguments, ctas)
-    kernel = quantize_sm100.compiled(choose_config(slots.x, by_slot=True))
-    maps = (slots.slot_token, slots.slot_row, slots.num_slots, slots.tile_expert)
-    report = ptxsim.run(
-        kernel, slots.x.unsqueeze(1), *arguments[1:2], *arguments[-2:], *maps, ctas, policy=policy, seed=seed
-    )
+    with simulated(quantize_sm100, policy, seed) as reports:
+        quantize_sm100.quantize_slots(*slots, outputs.codes, outputs.scales, ctas)
     outputs.check()
+    (report,) = reports
     return report
 
 
@@ -234,7 +230,83 @@ def test_slots_of_misaligned_rows(matrix) -> None:
     assert choose_config(x, by_slot=True).load_bytes == NARROW_LOAD
 
     def case(policy: str, seed: int) -> ptxsim.Report:
-        return simulate_slots(make_slots(x, topk_ids, num_experts), 2, policy, seed)
+        return simulate_slots(make_slots(x, topk_ids, num_experts), None, policy, seed)
+
+    matrix(case)
+
+
+class Edge(NamedTuple):
+    """Blocks whose bytes change if an operation is done in another way; each has its own tensor scale."""
+
+    blocks: torch.Tensor
+    tensor_scale: torch.Tensor
+
+
+def uniform(generator: torch.Generator, count: int, low: float, high: float) -> torch.Tensor:
+    return torch.rand(count, generator=generator) * (high - low) + low
+
+
+def near(exact: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """exact in FP32, up to two steps away."""
+    steps = torch.randint(-2, 3, exact.shape, generator=generator, dtype=torch.int32)
+    return (exact.float().view(torch.int32) + steps).view(torch.float32)
+
+
+def scale_edges(count: int) -> Edge:
+    """amax / (6 * tensor_scale) is where E4M3 rounds up or down, and not the same in another order."""
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.arange(0x08, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    middles = ((scales[1:] + scales[:-1]) / 2)[torch.randint(0, len(scales) - 1, (count,), generator=generator)]
+    amax = uniform(generator, count, 1, 2).bfloat16().float()
+    tensor_scale = near(amax.double() / (6 * middles), generator)
+    found = (amax / (6 * tensor_scale)).to(torch.float8_e4m3fn).float()
+    keep = torch.zeros(count, dtype=torch.bool)
+    one = torch.tensor(1.0)
+    for other in (amax / 6 / tensor_scale, amax * (one / (6 * tensor_scale)), amax / tensor_scale / 6):
+        differs = found != other.to(torch.float8_e4m3fn).float()
+        assert differs.sum() >= 8
+        keep[differs.nonzero()[:16]] = True
+    blocks = torch.zeros(int(keep.sum()), 16)
+    blocks[:, 0] = amax[keep]
+    return Edge(blocks.bfloat16(), tensor_scale[keep])
+
+
+def code_edges(count: int) -> Edge:
+    """x / (block_sf * tensor_scale) is where E2M1 rounds up or down, and not the same in another order."""
+    generator = torch.Generator().manual_seed(2)
+    index = torch.randint(0, len(TIES), (count,), generator=generator)
+    tie = torch.tensor(TIES)[index]
+    block_sf = uniform(generator, count, 1, 2).to(torch.float8_e4m3fn).float()
+    x = uniform(generator, count, 1, 2).bfloat16().float()
+    tensor_scale = near(x.double() / (tie * block_sf).double(), generator)
+    amax = (6 * block_sf * tensor_scale).bfloat16().float()
+    assert ((amax / (6 * tensor_scale)).to(torch.float8_e4m3fn).float() == block_sf).all()
+
+    def rounds_up(quotient: torch.Tensor) -> torch.Tensor:
+        # Of the codes index and index + 1 a tie goes to the even one.
+        return (quotient > tie) | (quotient == tie) & (index % 2 == 1)
+
+    divisor = block_sf * tensor_scale
+    found = rounds_up(x / divisor)
+    keep = torch.zeros(count, dtype=torch.bool)
+    one = torch.tensor(1.0)
+    for other in (x / block_sf / tensor_scale, x * (one / divisor), (x.double() / (block_sf.double() * tensor_scale))):
+        differs = found != rounds_up(other)
+        assert differs.sum() >= 8
+        keep[differs.nonzero()[:16]] = True
+    blocks = torch.zeros(int(keep.sum()), 16)
+    blocks[:, 0], blocks[:, 1], blocks[:, 2] = amax[keep], x[keep], -x[keep]
+    return Edge(blocks.bfloat16(), tensor_scale[keep])
+
+
+@pytest.mark.parametrize("edges", [scale_edges, code_edges])
+def test_every_operation_is_the_reference_s(matrix, edges: Callable[[int], Edge]) -> None:
+    blocks, tensor_scale = edges(200_000)
+    num_experts = len(blocks)
+    slots = make_slots(blocks, torch.arange(num_experts).unsqueeze(1), num_experts)._replace(tensor_scale=tensor_scale)
+
+    def case(policy: str, seed: int) -> ptxsim.Report:
+        return simulate_slots(slots, 4, policy, seed)
 
     matrix(case)
 

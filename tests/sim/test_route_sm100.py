@@ -326,7 +326,7 @@ def test_output_not_contiguous(name: str) -> None:
 
 @pytest.mark.parametrize("top_k", [0, 17])
 def test_top_k_out_of_range(top_k: int) -> None:
-    ids, expert_map, out = arguments()
+    _, expert_map, out = arguments()
     with pytest.raises(ValueError, match=rf"top_k is {top_k}, expected 1 \.\. 16"):
         call(torch.zeros(7, top_k, dtype=torch.int32), expert_map, out)
 
