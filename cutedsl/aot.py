@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT = "nvfp4-kernels-1"
 USAGE_ERROR = 64
+_DUMPED = "dumped"
 _RUNTIME = "libcute_dsl_runtime.so"
 # What a compiler may use of a CPU, by the beginnings of the names in /proc/cpuinfo (x86-64, AArch64).
 _CPU_FEATURES = (
@@ -278,6 +279,8 @@ def build(
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         entries = _build_all(variants, scratch, jobs, ptx, linker, progress)
+        shutil.rmtree(scratch / _DUMPED, ignore_errors=True)
+        _check_unchanged(entries)
         manifest = {
             "format": FORMAT,
             **(about or {}),
@@ -292,6 +295,15 @@ def build(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return entries
+
+
+def _check_unchanged(entries: list[Entry]) -> None:
+    """Refuses sources that were edited while they were compiled."""
+    seen: dict[str, str] = {}
+    for entry in entries:
+        for path, digest in entry.sources.items():
+            if seen.setdefault(path, digest) != digest or compiler.file_digest(compiler.source_file(path)) != digest:
+                raise BuildError(f"{path} changed while kernels were built from it; build again")
 
 
 def _check_place(directory: Path) -> None:
@@ -332,7 +344,8 @@ def _build_all(
     context = multiprocessing.get_context("spawn")
     entries: list[Entry | None] = [None] * len(variants)
     workers = min(jobs, len(variants)) or 1
-    with ProcessPoolExecutor(workers, context, _start_worker, (ptx,)) as pool:
+    dumped = scratch / _DUMPED if ptx else None
+    with ProcessPoolExecutor(workers, context, _start_worker, (dumped,)) as pool:
         waiting = {pool.submit(_build_one, variant, scratch, ptx, linker): i for i, variant in enumerate(variants)}
         try:
             for done in as_completed(waiting):
@@ -349,13 +362,16 @@ def _build_all(
     return [entry for entry in entries if entry is not None]
 
 
-def _start_worker(ptx: bool) -> None:
+def _start_worker(dumped: Path | None) -> None:
     """Settings of the compiler in a process that builds, before it is imported."""
     for name in ("CUTE_DSL_LINEINFO", "CUTE_DSL_KEEP", compiler.NO_JIT):
         os.environ.pop(name, None)
-    if ptx:
+    if dumped is not None:
+        # The compiler writes text to a file of the function's name and reads it again: two processes must not share one.
+        place = dumped / str(os.getpid())
+        place.mkdir(parents=True)
         os.environ["CUTE_DSL_KEEP"] = "ptx"
-        os.environ["CUTE_DSL_DUMP_DIR"] = tempfile.mkdtemp(prefix="nvfp4-ptx-")
+        os.environ["CUTE_DSL_DUMP_DIR"] = str(place)
 
 
 def _build_one(variant: "Variant", scratch: Path, ptx: bool, linker: str) -> Entry:
@@ -417,6 +433,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"cutedsl.aot: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except BrokenPipeError:
+        # A reader who has seen enough, such as `| head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -451,7 +471,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
     variants = [variant for each in asked for variant in deployment.variants(each)]
     start = time.perf_counter()
     about = {"model": model.name, "tp": sizes, "archs": archs}
-    with _progress(len(variants)) as advance:
+    with _Bar(len(variants)) as advance:
         entries = build(variants, arguments.out, arguments.jobs, arguments.ptx, about, advance)
     size = sum((arguments.out / entry.file).stat().st_size for entry in entries)
     print(f"{len(entries)} kernels, {size / 2**20:.1f} MiB, in {time.perf_counter() - start:.0f} s: {arguments.out}")
@@ -464,7 +484,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-class _progress:
+class _Bar:
     """A bar on stderr; its value is called with a kernel's name when the kernel is done."""
 
     def __init__(self, total: int) -> None:
@@ -494,8 +514,10 @@ def _run_list(arguments: argparse.Namespace) -> int:
     about = {name: value for name, value in manifest.items() if name not in ("kernels", "cpu_features")}
     print("  ".join(f"{name}={value}" for name, value in about.items()))
     for entry in manifest["kernels"]:
-        size = (arguments.directory / entry["file"]).stat().st_size if (arguments.directory / entry["file"]).exists() else 0
-        print(f"{entry['key'][:16]}  {entry['arch']}  {size:>8}  {entry['kernel'].rpartition('.')[2]} {entry['config']}")
+        path = arguments.directory / entry["file"]
+        size = f"{path.stat().st_size:>8}" if path.exists() else " missing"
+        print(f"{entry['key'][:16]}  {entry['arch']}  {size}  {entry['kernel'].rpartition('.')[2]} {entry['config']}")
+    sys.stdout.flush()
     return 0
 
 

@@ -9,7 +9,7 @@ from ptxsim import ptx
 from ptxsim.codegen import Program, compile_kernel
 from ptxsim.findings import LAUNCH, Finding, Report, Unsupported
 from ptxsim.launch import Launch, check_launch
-from ptxsim.machine import Machine
+from ptxsim.machine import MAX_INSTRUCTIONS, Machine
 from ptxsim.memory import Buffer
 from ptxsim.trace import Trace
 
@@ -53,6 +53,7 @@ def simulate(
     trace: bool = False,
     resident_clusters: int | None = None,
     check_outputs: bool = True,
+    max_instructions: int = MAX_INSTRUCTIONS,
 ) -> Report:
     """Runs one launch on host memory.
 
@@ -64,6 +65,8 @@ def simulate(
         trace: keep a timeline.
         resident_clusters: how many clusters are on the GPU at a time (default 8; a cooperative launch: all).
         check_outputs: buffers that must be written are checked at the end of this launch.
+        max_instructions: budget of warp instructions; a launch that does not end within it is reported as a deadlock. What
+            a warp may run at a time counts, run or not.
 
     Returns:
         Findings, counters and the timeline. Findings do not raise: call `check()`.
@@ -77,7 +80,9 @@ def simulate(
         return Report([Finding(LAUNCH, message, launch.entry) for _, message in faults])
     module, program = load(launch.ptx, launch.entry)
     timeline = Trace() if trace or _collecting else None
-    machine = Machine(launch, module, program, memory, policy, seed, timeline, resident_clusters, check_outputs)
+    machine = Machine(
+        launch, module, program, memory, policy, seed, timeline, resident_clusters, check_outputs, max_instructions
+    )
     report = machine.run()
     report.trace = timeline
     if _collecting and timeline is not None:
@@ -96,6 +101,7 @@ def run(
     trace: bool = False,
     ptx: str | None = None,
     resident_clusters: int | None = None,
+    max_instructions: int = MAX_INSTRUCTIONS,
 ) -> Report:
     """Calls a compiled CuTe DSL function with a simulated GPU behind it; results land in the tensors.
 
@@ -104,7 +110,7 @@ def run(
         *args: what it takes: CPU tensors, pointers, scalars.
         outputs: tensors that count as uninitialised before the launch and must be written completely.
         memory: further tensors that pointers and CuTe tensors among the arguments refer to.
-        policy, seed, trace, resident_clusters: as simulate.
+        policy, seed, trace, resident_clusters, max_instructions: as simulate.
         check: raise if there is a finding.
         ptx: the kernels' text, for an AOT object that has none beside it.
 
@@ -129,6 +135,7 @@ def run(
             trace=trace,
             resident_clusters=resident_clusters,
             check_outputs=i == len(launches) - 1,
+            max_instructions=max_instructions,
         )
         total.merge([report])
         total.trace = report.trace

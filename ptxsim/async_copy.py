@@ -198,7 +198,7 @@ def _arrive_later(w: "Warp", bar: MBarrier, lanes: int) -> None:
         clock[thread] = max(int(clock[thread]), operation.issue.tick)
 
     def arrive() -> None:
-        bar.arrive(machine.found, clock, lanes.bit_count())
+        bar.arrive(machine.found, clock, lanes.bit_count(), asynchronous=True)
 
     groups.track(operations)
     if not groups.after_all(lanes, arrive):

@@ -118,17 +118,19 @@ class MBarrier:
         """The opaque value that arrivals return: phase and pending count before them."""
         return 1 << 63 | (self.phases & 0x7FFFFFFF) << 32 | self.pending
 
-    def arrive(self, found: Found, clock: Clock | None, count: int = 1) -> None:
+    def arrive(self, found: Found, clock: Clock | None, count: int = 1, asynchronous: bool = False) -> None:
         """An arrive-on operation.
 
         Args:
             found: where findings go: `w.found` or `machine.found`.
             clock: what the arrival publishes; None for relaxed forms.
             count: arrivals.
+            asynchronous: a unit arrives, not a thread. Units cannot observe phases: a kernel may let them arrive on barriers
+                that nobody looks at before its end (FlashInfer's gather kernel for pairs of CTAs).
         """
         if not self._usable(found, "arrival"):
             return
-        if not self.observed:
+        if not self.observed and not asynchronous:
             found(OVERARRIVAL, f"arrival before any thread saw the phase before completed: {self!r}")
             self.observed = True
         if count > self.pending:

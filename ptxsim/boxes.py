@@ -49,7 +49,9 @@ class Box:
 
     Attributes:
         map: the tensor map.
-        num_bytes: bytes of a box in shared memory, which is what barriers count.
+        num_bytes: bytes of a box in shared memory.
+        counted_bytes: what barriers count: the same, but for types that are padded on the way, without the padding
+            (FlashInfer's MXFP8 x MXFP4 kernel relies on it).
         rows: shape of the box without its innermost dimension, outermost first.
         row_bytes: bytes of an innermost row in global memory.
     """
@@ -71,8 +73,10 @@ class Box:
         self.row_bytes = m.box[0] * self._bits // 8
         self._shared_row = m.row_bytes
         self.num_bytes = self._shared_row
+        self.counted_bytes = self.row_bytes
         for count in self.rows:
             self.num_bytes *= count
+            self.counted_bytes *= count
         self._steps = m.element_strides
         self._swizzle = m.swizzle
         self._rounds = m.dtype in ("tf32", "tf32_ftz")

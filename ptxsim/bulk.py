@@ -230,7 +230,7 @@ class _Global:
         """No part lies in read-only memory."""
         for _, buffer, _ in self._parts:
             if buffer is not None and buffer.readonly:
-                w.found(WRITE_READONLY, f"tensor copy writes to {buffer.name}, which is read-only")
+                w.found(WRITE_READONLY, f"tensor copy writes to {buffer.name}, which is read-only", fatal=True)
 
     def gather(self) -> Bytes:
         """The box as it goes to shared memory, unswizzled."""
@@ -336,7 +336,7 @@ def _load(w: "Warp", form: _Form, dst: int, address: int, at: list[int], mbar: i
                 memory.end_async_write(issue, target.offset, box.num_bytes)
             else:
                 memory.end_async_write_lanes(issue, chunks * 16, 16)
-            target.barrier.complete_tx(machine.found, box.num_bytes, issue.clock)
+            target.barrier.complete_tx(machine.found, box.counted_bytes, issue.clock)
 
         what = f"tensor load of box {box.map.box} at {at} to CTA {target.cta.index} offset {target.offset:#x}"
         machine.engine.submit(AsyncOp("load", None, complete, what, issue))
@@ -597,7 +597,7 @@ def _bulk_store(w: "Warp", form: _Form, lanes: int, dst: int, src: int, size: in
     offset = source & _OFFSET_MASK
     buffer, start = w.machine.gmem.view(dst, size)
     if buffer.readonly:
-        w.found(WRITE_READONLY, f"bulk copy writes to {buffer.name}, which is read-only")
+        w.found(WRITE_READONLY, f"bulk copy writes to {buffer.name}, which is read-only", fatal=True)
     issue = w.issue(STORE_AGENT)
     machine, smem = w.machine, w.cta.smem
     smem.check_async_read(issue, offset, size)

@@ -304,7 +304,9 @@ class _Writer:
             self.add(f"v{reg.index} = R[{reg.index}]", indent)
             if not self.use.assigned[self.segment.number] >> reg.index & 1:
                 # Compilers leave registers undefined whose content does not matter, such as the upper half of a lone b16.
-                nothing = "0" if reg.width <= 64 else "(0, 0)"
+                # A pattern rather than 0, so that a program that does depend on it goes wrong.
+                junk = 0xA5A5A5A5A5A5A5A5
+                nothing = {1: "0", 128: f"({junk}, {junk})"}.get(reg.width, str(junk & ((1 << reg.width) - 1)))
                 self.add(f"if v{reg.index} is None: v{reg.index} = {nothing}", indent)
             if indent == 1:
                 self.known.add(reg.index)
@@ -398,7 +400,7 @@ class _Writer:
                 self.dirty[reg.index] = reg
 
     def merge(self, reg: Reg) -> str:
-        return "merge_pred" if reg.width == 1 else "merge"
+        return {1: "merge_pred", 64: "merge64", 128: "merge128"}.get(reg.width, "merge")
 
     def pure(self, i: int, ins: Instruction, item: Pure, indent: int, renamed: dict[int, str]) -> None:
         sources = [self.source(source, ins, indent) for source in item.srcs]

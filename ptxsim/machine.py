@@ -36,6 +36,8 @@ Clock = npt.NDArray[np.uint32]
 AGENTS = ("tma", "tensor", "copy", "store")
 SHARED_BASE = 0x400
 POLICIES = ("eager", "random", "lazy")
+# Warp instructions after which a launch counts as one that never ends: some minutes.
+MAX_INSTRUCTIONS = 50_000_000
 QUANTUM = {"eager": 512, "random": 64, "lazy": 512}
 
 
@@ -526,6 +528,7 @@ class Machine:
         trace: Any = None,
         resident_clusters: int | None = None,
         check_outputs: bool = True,
+        max_instructions: int = MAX_INSTRUCTIONS,
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
@@ -534,6 +537,7 @@ class Machine:
         self.arch = module.target
         self.policy, self.trace = policy, trace
         self._wants_outputs = check_outputs
+        self._budget = max_instructions
         self.rng = random.Random(seed)
         self.counters: dict[str, int] = defaultdict(int)
         self.report = Report(counters=self.counters)
@@ -696,6 +700,10 @@ class Machine:
                     # It woke one of its own paths, which the rest of that turn then finished.
                     continue
                 self.running = warp
+                self._budget -= quantum
+                if self._budget < 0:
+                    self._deadlock("the launch does not end: its budget of instructions is spent")
+                    return
                 if self._run_warp(warp, quantum):
                     self.make_runnable(warp)
                 if warp.done:
@@ -703,7 +711,7 @@ class Machine:
                 self.running = None
             elif not (self.engine.step_random(rng) if policy == "random" else self.engine.step_lazy()):
                 if self.clusters:
-                    self._deadlock()
+                    self._deadlock("no warp can run and nothing is under way")
                 return
 
     def _run_warp(self, warp: Warp, quantum: int) -> bool:
@@ -731,7 +739,7 @@ class Machine:
             self.clusters.remove(cluster)
             self._start_clusters()
 
-    def _deadlock(self) -> None:
+    def _deadlock(self, what: str) -> None:
         lines = []
         for cluster in self.clusters:
             for cta in cluster.ctas:
@@ -739,14 +747,14 @@ class Machine:
                     for path in warp.paths:
                         index = self.program.segments[path.segment].start
                         ins = self.kernel.instructions[index]
-                        why = path.why() if callable(path.why) else path.why
+                        why = (path.why() if callable(path.why) else path.why) or "runs"
                         source = f" {ins.source[0]}:{ins.source[1]}" if ins.source else ""
                         lanes = "" if path.mask == FULL else f" lanes 0x{path.mask:08x}"
                         lines.append(
                             f"  CTA {cta.index} warp {warp.index}{lanes} at PTX line {ins.line}{source}: {why}"
                         )
         self.running = None
-        self.found(codes.DEADLOCK, "no warp can run and nothing is under way:\n" + "\n".join(lines))
+        self.found(codes.DEADLOCK, f"{what}:\n" + "\n".join(lines))
 
     def _check_outputs(self) -> None:
         self.running = None

@@ -125,8 +125,8 @@ def dealloc(ins: Instruction) -> Effect:
     def run(w: "Warp", mask: int, address: Value, count: Value) -> Any:
         columns = _columns(w, count, mask)
         start = _one(w, address, mask, "the tensor memory address")
+        participants(w, pair, peer_may_exit=True)
         if pair:
-            participants(w, pair, peer_may_exit=True)
             if (blocked := _rendezvous(w, "dealloc")) is not None:
                 return blocked
             w.path.state.pop(_meeting(w, "dealloc"), None)
@@ -462,7 +462,7 @@ def _issue_commit(w: "Warp", pair: bool, space: str, value: int, targets: int | 
 
     def execute() -> None:
         for bar in bars:
-            bar.arrive(w.machine.found, issue.clock)
+            bar.arrive(w.machine.found, issue.clock, asynchronous=True)
 
     what = "commit to " + ", ".join(f"{place:#x}" for place in places)
     w.machine.engine.submit(AsyncOp("tensor", tensor_queue(w.cta), execute, what, issue))

@@ -81,7 +81,7 @@ def _make(w: "Warp", raw: bytes, address: int, rows: int | None) -> Box | None:
         w.found(TENSORMAP, f"tensor map at {address:#x}: {error}", fatal=True)
         return None
     if messages:
-        w.found(TENSORMAP, f"tensor map at {address:#x}: {'; '.join(messages)}")
+        w.found(TENSORMAP, f"tensor map at {address:#x}: {'; '.join(messages)}", fatal=True)
     return Box(decoded, rows)
 
 
@@ -305,8 +305,9 @@ _LANES16 = _LANES8.astype(np.uint64)
 
 
 def _load_shared(w: "Warp", address: int) -> bytes:
+    # Only the first half of a map has a meaning, and NVIDIA's own kernels write no more.
     cta, offset = w.cluster.locate(address)
-    return cta.smem.load(w, offset + _LANES8, 16).tobytes()
+    return cta.smem.load(w, offset + _LANES8[:4], 16).tobytes() + cta.smem.data[offset + 64 : offset + 128].tobytes()
 
 
 def _store_shared(w: "Warp", address: int, data: bytes) -> None:
@@ -315,7 +316,9 @@ def _store_shared(w: "Warp", address: int, data: bytes) -> None:
 
 
 def _load_global(w: "Warp", address: int) -> bytes:
-    return w.machine.gmem.load(w, np.uint64(address) + _LANES16, 16).tobytes()
+    region, at = w.machine.gmem.view(address, 128)
+    meaningful = w.machine.gmem.load(w, np.uint64(address) + _LANES16[:4], 16).tobytes()
+    return meaningful + region.data[at + 64 : at + 128].tobytes()
 
 
 def _store_global(w: "Warp", address: int, data: bytes) -> None:

@@ -104,19 +104,28 @@ def compress(value: Value) -> Value:
 
 
 def merge(old: Value, new: Value, mask: int) -> Value:
-    """`new` in the lanes of `mask`, `old` elsewhere; a register never written before takes `new` in every lane."""
+    """`new` in the lanes of `mask`, `old` elsewhere; a register never written before takes `new` in every lane.
+
+    For registers of up to 32 bits; merge64 and merge128 are for the wider ones.
+    """
     if old is None or mask == FULL:
         return new
-    if new.__class__ is tuple:
-        return tuple(merge(o, n, mask) for o, n in zip(old, new, strict=True))
-    if old.__class__ is int and new.__class__ is int:
-        if old == new:
-            return old
-        wide = old > M32 or new > M32
-        dtype = np.uint64 if wide else np.uint32
-        return np.where(bools(mask), dtype(new), dtype(old))
-    if old.__class__ is int:  # a 64-bit register may hold a short array beside a long int
-        old = np.asarray(old, np.uint64 if old > M32 else new.dtype)
-    elif new.__class__ is int:
-        new = np.asarray(new, np.uint64 if new > M32 else old.dtype)
-    return np.where(bools(mask), new, old)
+    if old.__class__ is int and new.__class__ is int and old == new:
+        return old
+    return np.where(bools(mask), np.asarray(new, np.uint32), np.asarray(old, np.uint32))
+
+
+def merge64(old: Value, new: Value, mask: int) -> Value:
+    """merge for b64: the lanes are uint64 even if what they hold is short."""
+    if old is None or mask == FULL:
+        return new
+    if old.__class__ is int and new.__class__ is int and old == new:
+        return old
+    return np.where(bools(mask), np.asarray(new, np.uint64), np.asarray(old, np.uint64))
+
+
+def merge128(old: Value, new: Value, mask: int) -> Value:
+    """merge for b128: both halves."""
+    if old is None or mask == FULL:
+        return new
+    return tuple(merge64(o, n, mask) for o, n in zip(old, new, strict=True))

@@ -81,7 +81,7 @@ class Workspace:
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _capturing(self.device)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < num_bytes:
             if capturing:
@@ -154,7 +154,7 @@ class EqualGroups:
         return Groups(*self._tables[num_tiles - 1], count, num_tokens)
 
     def _grow(self, num_tiles: int) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capturing(self.device):
             raise RuntimeError(
                 f"sm100: the largest batch so far had {len(self._tables) * TILE_ROWS} rows, this one has more, and a graph "
                 "is being captured; run the largest batch once before the first capture"
@@ -532,6 +532,10 @@ def check_one_scale(name: str, input_scale: torch.Tensor) -> None:
             f"is expert {first} with {input_scale[first].tolist()}; the sm100 backend quantizes their common input once: "
             "export with one input_scale for both, as ModelOpt does, or use another backend"
         )
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_small(groups: Groups) -> bool:

@@ -2,10 +2,12 @@
 
     nvfp4 serve MODEL [any `vllm serve` flag]
     nvfp4 doctor CHECKPOINT [flags; --help lists them]
+    nvfp4 kernels explain [--model deepseek-v4-pro --tp 8 -m 64]
 
 `serve` starts vLLM's OpenAI server with what DeepSeek-V4 needs: on a machine without a GPU the environment of Triton's
 interpreter, and DeepSeek-V4's tokenizer mode, reasoning parser and tool parser unless the flags say otherwise.
 `doctor` tells whether a checkpoint will serve, on what, and what is wrong with it, from its headers and scales.
+`kernels explain` lists the kernel, configuration and roofline of each operator.
 """
 
 import contextlib
@@ -26,7 +28,9 @@ SERVE_DEFAULTS = {
 }
 # One thread: on two cores vLLM's OpenMP threads spin against each other (4.0 s against 1.1 s for a short prompt).
 CPU_DEFAULTS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-USAGE = "usage: nvfp4 serve MODEL [any `vllm serve` flag], or nvfp4 doctor CHECKPOINT [flags]"
+USAGE = (
+    "usage: nvfp4 serve MODEL [any `vllm serve` flag], or nvfp4 doctor CHECKPOINT [flags], or nvfp4 kernels explain [flags]"
+)
 
 
 def serve_command(arguments: list[str]) -> list[str]:
@@ -72,6 +76,10 @@ def main() -> None:
         from vllm_nvfp4.doctor.cli import main as doctor
 
         sys.exit(doctor(arguments[1:]))
+    if arguments[:1] == ["kernels"]:
+        from vllm_nvfp4.kernels_cli import main as kernels
+
+        sys.exit(kernels(arguments[1:]))
     if len(arguments) < 2 or arguments[0] != "serve":
         found = " ".join(arguments) or "nothing"
         sys.exit(f"nvfp4: expected `serve MODEL` or `doctor CHECKPOINT`, found {found}\n{USAGE}")

@@ -84,6 +84,7 @@ def run(
     target: str = "sm_100a",
     resident: int | None = None,
     directives: str = "",
+    max_instructions: int = 50_000_000,
 ) -> ptxsim.Report:
     """Simulates one launch of a kernel with this body."""
     memory = [b if isinstance(b, Buffer) else Buffer.of(b, f"g{i}") for i, b in enumerate(buffers)]
@@ -97,7 +98,9 @@ def run(
         shared_bytes=shared,
         params=(*(b.address.to_bytes(8, "little") for b in memory), *packed),
     )
-    return ptxsim.simulate(launch, memory, policy=policy, seed=seed, resident_clusters=resident)
+    return ptxsim.simulate(
+        launch, memory, policy=policy, seed=seed, resident_clusters=resident, max_instructions=max_instructions
+    )
 
 
 def codes(*args, **kwargs) -> set[str]:

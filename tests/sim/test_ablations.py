@@ -18,8 +18,6 @@ from conformance.driver import Case
 from ptxsim import api, bulk, descriptors, groups, tcgen05, tcgen05_mma
 from ptxsim.boxes import Box
 
-pytestmark = pytest.mark.skipif(not packages.available("flashinfer"), reason="no FlashInfer: run `make env`")
-
 CASES = {case.name: case for case in flashinfer_moe.CASES + flashinfer_dense.CASES}
 Patch = Callable[[pytest.MonkeyPatch], None]
 

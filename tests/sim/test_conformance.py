@@ -14,22 +14,18 @@ from conformance.driver import POLICIES, Case
 from ptxsim.findings import FindingsError
 
 FLASHINFER = flashinfer_moe.CASES + flashinfer_dense.CASES + flashinfer_rows.CASES
-needs_flashinfer = pytest.mark.skipif(not packages.available("flashinfer"), reason="no FlashInfer: run `make env`")
-needs_quack = pytest.mark.skipif(not packages.available("quack"), reason="no QuACK: run `make env`")
 
 
 def _ci(cases: tuple[Case, ...]) -> list[Case]:
     return [case for case in cases if not case.nightly_only]
 
 
-@needs_flashinfer
 @pytest.mark.parametrize("case", _ci(FLASHINFER), ids=lambda case: case.name)
 def test_flashinfer(case: Case) -> None:
     for policy in case.policies:
         case.run(policy)
 
 
-@needs_flashinfer
 def test_a_race_in_a_public_kernel_is_found() -> None:
     # See LATE in flashinfer_dense.
     (case,) = (case for case in flashinfer_dense.CASES if case.name == "low-latency-split-k")
@@ -38,7 +34,6 @@ def test_a_race_in_a_public_kernel_is_found() -> None:
 
 
 @pytest.mark.full
-@needs_flashinfer
 @pytest.mark.parametrize("case", FLASHINFER, ids=lambda case: case.name)
 def test_flashinfer_nightly(case: Case) -> None:
     for policy in case.policies:
@@ -65,7 +60,6 @@ def quack_results() -> dict[tuple[str, str], dict[str, Any]]:
     return _run_quack("sm_100a", POLICIES) | _run_quack("sm_90a", POLICIES)
 
 
-@needs_quack
 @pytest.mark.parametrize("case", _ci(quack_kernels.BLACKWELL + quack_kernels.HOPPER), ids=lambda case: case.name)
 def test_quack(case: Case, quack_results: dict[tuple[str, str], dict[str, Any]]) -> None:
     for policy in POLICIES:
@@ -74,7 +68,6 @@ def test_quack(case: Case, quack_results: dict[tuple[str, str], dict[str, Any]])
 
 
 @pytest.mark.full
-@needs_quack
 @pytest.mark.parametrize("arch", ["sm_100a", "sm_90a"])
 def test_quack_nightly(arch: str) -> None:
     cases = quack_kernels.BLACKWELL if arch == "sm_100a" else quack_kernels.HOPPER

@@ -80,7 +80,7 @@ def make_problem(counts: tuple[int, ...], n: int, k: int, epilogue: str, exact: 
         mine = expert == e
         y[mine] = unscaled_mm(unscaled(x[mine], sfx[mine]), w[e], sfw[e])
     blocks = 2 if epilogue != BF16 or n % 16 == 0 else 1
-    alpha = torch.rand(experts, blocks, generator=generator).add(0.5) / y[expert >= 0].std().nan_to_num(1.0)
+    alpha = torch.rand(experts, blocks, generator=generator).add(0.5) / (y[expert >= 0].std() if sum(counts) else 1.0)
     y = y * alpha.repeat_interleave(n // blocks, 1)[expert.clamp(min=0)]
     if epilogue != BF16:
         w, sfw = interleave(w), interleave(sfw.view(torch.uint8)).view(sfw.dtype)
@@ -105,7 +105,15 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor,
     return everything[MARGIN : MARGIN + rows].view(dtype), everything
 
 
-def run(config: Config, problem: Problem, clusters: int, policy: str, seed: int, limit: float | None = None) -> Result:
+def run(
+    config: Config,
+    problem: Problem,
+    clusters: int,
+    policy: str,
+    seed: int,
+    limit: float | None = None,
+    raise_findings: bool = True,
+) -> Result:
     rows, n = problem.y.shape
     sfd, sfd_bytes, h_scale = None, None, None
     if config.epilogue == SWIGLU_NVFP4:
@@ -117,7 +125,9 @@ def run(config: Config, problem: Problem, clusters: int, policy: str, seed: int,
     arguments = (*problem[:7], d, sfd, h_scale)
     swap.check(*arguments, limit, epilogue=config.epilogue, tokens=1, max_active_clusters=clusters)
     limit = float("inf") if limit is None else limit
-    report = ptxsim.run(swap.compiled(config), *arguments, limit, clusters, policy=policy, seed=seed)
+    report = ptxsim.run(
+        swap.compiled(config), *arguments, limit, clusters, policy=policy, seed=seed, check=raise_findings
+    )
     return Result(d, sfd, d_bytes, sfd_bytes, report)
 
 
@@ -253,14 +263,14 @@ def test_inexact_sums(matrix, epilogue: str, tile_n: int) -> None:
 def test_fewest_stages(matrix) -> None:
     # Every barrier wraps within a tile, and nothing is double-buffered.
     config = Config(SWIGLU_NVFP4, tile_n=8, num_ab_stages=2, num_acc_stages=1)
-    problem = make_problem((9, 3, 0, 17), 160, 1312, SWIGLU_NVFP4)
+    problem = make_problem((9, 0, 3), 160, 1312, SWIGLU_NVFP4)
 
     def case(policy: str, seed: int) -> ptxsim.Report:
         result = run(config, problem, 2, policy, seed)
         assert_right(config, problem, result, None, exact=True)
         return result.report
 
-    matrix(case, seeds=(0, 1, 2))
+    matrix(case, seeds=(0, 1))
 
 
 def test_no_tokens_at_all(matrix) -> None:
@@ -307,6 +317,43 @@ def test_padding_of_scales_is_ignored(matrix) -> None:
     matrix(case, policies=("random",), tile_n=(8, 64))
 
 
+def test_scales_of_no_token_may_be_nan() -> None:
+    problem = make_problem((7, 9), 136, 96, BF16)
+    scales = unswizzle_block_scale(problem.sfx.view(torch.uint8), 256, 8)
+    scales[problem.expert < 0] = 0x7F
+    problem = problem._replace(sfx=swizzle_block_scale(scales).view(problem.sfx.dtype))
+    config = swap.largest_config(BF16, 8, ARCH)
+    result = run(config, problem, 2, "random", 0, raise_findings=False)
+    # The simulator reports a NaN among scales; it must not reach a token.
+    assert {finding.code for finding in result.report.findings} == {"bad-value"}
+    assert_right(config, problem, result, None, exact=True)
+
+
+@pytest.mark.parametrize("experts", [40, 512])
+def test_many_experts(matrix, experts: int) -> None:
+    # A warp counts 16 experts in each lane, and a tile's expert is found by bits of its number.
+    tokens = {0: 1, 15: 2, 16: 9, 31: 1, 39: 3, 255: 1, 256: 8, 511: 2}
+    counts = tuple(tokens.get(expert, 0) for expert in range(experts))
+
+    def case(policy: str, seed: int) -> ptxsim.Report:
+        return simulate(BF16, 8, (counts, 136, 32, 3), policy, seed)
+
+    matrix(case, policies=("random",))
+
+
+def test_reads_of_sums_hit_all_banks() -> None:
+    # 8 threads load 16 bytes each: together they must touch each of 32 banks once.
+    def first_words(unit_words: int) -> list[int]:
+        units = range(128 // unit_words)
+        rows = [(token, unit * unit_words) for token in range(8) for unit in units]
+        return [token * swap.TOKEN_WORDS + row // 32 * swap.GROUP_WORDS + row % 32 for token, row in rows]
+
+    for unit_words in (swap.BF16_UNIT, 2 * swap.INTERLEAVE):
+        words = first_words(unit_words)
+        for start in range(0, len(words), 8):
+            assert sorted(word % 32 for word in words[start : start + 8]) == list(range(0, 32, 4))
+
+
 def test_rows_do_not_depend_on_others() -> None:
     # The same tokens in a group of 3 and in one of 9, by tiles of 8 and 64.
     few = make_problem((3,), 136, 544, BF16, exact=False)
@@ -323,14 +370,14 @@ def test_rows_do_not_depend_on_others() -> None:
 @pytest.mark.parametrize("tile_n", TILES_N)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_all_sizes(matrix, epilogue: str, tile_n: int) -> None:
-    def case(policy: str, seed: int, counts: tuple[int, ...], n: int, k: int, exact: bool) -> ptxsim.Report:
+    def case(policy: str, seed: int, counts: tuple[int, ...], n: int, k: int) -> ptxsim.Report:
         n = n if epilogue == BF16 else -(-n // 32) * 32
         clusters = 1 + (sum(counts) + n + k // 32) % 5
-        limit = LIMIT if epilogue != BF16 and k % 64 == 0 else None
-        return simulate(epilogue, tile_n, (counts, n, k, clusters), policy, seed, limit, exact)
+        limit = LIMIT if epilogue != BF16 and k > 32 else None
+        return simulate(epilogue, tile_n, (counts, n, k, clusters), policy, seed, limit, exact=k != 800)
 
     counts = [(130,), (65, 0, 9, 64, 1, 8, 0, 63), (0, 3, 7)]
-    matrix(case, seeds=(0, 1), counts=counts, n=(8, 136, 384, 768), k=(32, 256, 800, 1536), exact=(False, True))
+    matrix(case, counts=counts, n=(8, 136, 768), k=(32, 800, 1536))
 
 
 @pytest.mark.parametrize(("tile_n", "clusters", "ctas"), [(8, 148, 96), (64, 148, 12), (64, 4, 4)])

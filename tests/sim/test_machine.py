@@ -57,7 +57,7 @@ setp.le.u32 %p1, %r2, %lane;
     assert (a == lanes * (lanes + 1)).all()
 
 
-def test_registers_that_nothing_wrote_are_read_as_zero():
+def test_registers_that_nothing_wrote_hold_a_pattern():
     a = out()
     body = f"""
 setp.gt.u32 %p1, %lane, 40;
@@ -71,7 +71,24 @@ add.s32 %r5, %r5, %r6;
 {store("%r5")}
 """
     clean(body, [a])
-    assert (a == 0).all()
+    assert (a == 2 * 0xA5A5A5A5 & 0xFFFFFFFF).all()
+
+
+def test_64_bit_registers_stay_64_bits_wide_in_part_of_a_warp():
+    a = out()
+    body = f"""
+mov.b64 %d2, 3;
+setp.lt.u32 %p1, %lane, 8;
+@!%p1 bra SKIP;
+mov.b64 %d2, 5;
+SKIP:
+shl.b64 %d3, %d2, 40;
+shr.u64 %d3, %d3, 36;
+cvt.u32.u64 %r5, %d3;
+{store("%r5")}
+"""
+    clean(body, [a])
+    assert a.tolist() == [5 << 4] * 8 + [3 << 4] * 24
 
 
 def test_nested_divergence_keeps_what_each_lane_wrote():
@@ -195,6 +212,13 @@ bar.sync 1;
     assert "warp 1" in text
     assert "0x400" in text
     assert "named barrier 1" in text
+
+
+def test_a_loop_without_end_is_reported_with_its_place():
+    report = run("AGAIN:\nadd.s32 %r1, %r1, 1;\nbra AGAIN;", max_instructions=100_000)
+    assert report.codes() == {"deadlock"}
+    assert "does not end" in report.findings[0].message
+    assert "warp 0 at PTX line" in report.findings[0].message
 
 
 def test_clusters_are_interleaved():
