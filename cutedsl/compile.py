@@ -172,8 +172,15 @@ def freeze(frozen: bool = True) -> None:
 
 
 def frozen() -> bool:
-    """Whether a miss is an error: after `freeze`, or with NVFP4_NO_JIT=1 in the environment."""
-    return _frozen or os.environ.get(NO_JIT) == "1"
+    """Whether a miss is an error: after `freeze`, or with NVFP4_NO_JIT=1 in the environment.
+
+    Raises:
+        ValueError: NVFP4_NO_JIT is neither 0 nor 1; a misspelled switch must not pass for off.
+    """
+    value = os.environ.get(NO_JIT, "0").strip()
+    if value not in ("0", "1"):
+        raise ValueError(f"{NO_JIT}={value!r}: expected 0 or 1 (1: never compile a kernel); set it to one, or unset it")
+    return _frozen or value == "1"
 
 
 def counters() -> Counters:
@@ -186,15 +193,6 @@ def cached_keys() -> list[Key]:
     """The keys of all kernels loaded or compiled so far."""
     with _lock:
         return [key_of(*call) for call in _functions]
-
-
-def clear() -> None:
-    """Forgets all functions, sets and counts, and takes `freeze` back: a process as it was at its start, for tests."""
-    with _lock:
-        _functions.clear()
-        _sets.clear()
-        _counts.update(asdict(Counters()))
-        freeze(False)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
@@ -344,7 +342,7 @@ def _compile(call: _Call, arguments: Callable[[], Sequence[Any]]) -> Callable[..
 
 def _refusal(call: _Call) -> str:
     kernel, config, arch, line_info = call
-    why = f"{NO_JIT}=1" if os.environ.get(NO_JIT) == "1" else "the cache is frozen"
+    why = "the cache is frozen" if _frozen else f"{NO_JIT}=1"
     where = ", ".join(str(kernels.directory) for kernels in _sets) or "none"
     advice = (
         f"build it ahead (python -m cutedsl.aot build --model CONFIG --arch {arch} --tp SIZES --out DIR) and use DIR, or "

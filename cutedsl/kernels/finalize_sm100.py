@@ -26,6 +26,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from cutedsl import compile as compiler
 from cutedsl.kernels.blackwell import ARCHS, WARP
+from cutedsl.kernels.rounding import rounded_product
 from cutedsl.ops import registry
 
 # Columns of a thread: 16 bytes of BF16.
@@ -187,15 +188,8 @@ def _add(rAcc: cute.Tensor, rTerm: cute.Tensor, weight: Any) -> None:
     for i in range(0, VECTOR, 2):
         term = tuple(rTerm[j].to(cutlass.Float32) for j in (i, i + 1))
         if weight is not None:
-            term = tuple(_rounded_product(factor, weight) for factor in term)
+            term = tuple(rounded_product(factor, weight) for factor in term)
         rAcc[i], rAcc[i + 1] = cute.arch.add_packed_f32x2((rAcc[i], rAcc[i + 1]), term, rnd="rn")
-
-
-def _rounded_product(a: Any, b: Any) -> cutlass.Float32:
-    """Returns a * b in FP32, which no later add can be fused with."""
-    return cute.arch.inline_ptx(
-        "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[cutlass.Float32], read_only_args=[a, b]
-    )
 
 
 def finalize(

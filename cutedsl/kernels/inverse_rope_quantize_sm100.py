@@ -24,6 +24,7 @@ from cutedsl.formats import NVFP4
 from cutedsl.kernels import quantize_block, quantize_sm100
 from cutedsl.kernels.blackwell import ARCHS, TMA_BYTES
 from cutedsl.kernels.quantize_sm100 import NARROW_LOAD, THREADS, WIDE_LOAD
+from cutedsl.kernels.rounding import rounded_product
 from cutedsl.layout import TILE_COLUMNS, TILE_ROWS, padded_shape
 from cutedsl.ops import registry
 
@@ -187,9 +188,9 @@ class InverseRopeQuantizeSm100:
         cute.autovec_copy(cute.local_tile(mAngles, (_PAIRS,), (num_cosines + block,)), sin)
         for i in cutlass.range_constexpr(_PAIRS):
             a, b = values[2 * i], values[2 * i + 1]
-            by_cos = cute.arch.mul_packed_f32x2((a, b), (cos[i], cos[i]), rnd="rn")
+            by_cos = rounded_product(a, cos[i]), rounded_product(b, cos[i])
             # b cos - a sin is b cos + a (-sin), to the last bit.
-            by_sin = cute.arch.mul_packed_f32x2((b, a), (sin[i], -sin[i]), rnd="rn")
+            by_sin = rounded_product(b, sin[i]), rounded_product(a, -sin[i])
             values[2 * i], values[2 * i + 1] = cute.arch.add_packed_f32x2(by_cos, by_sin, rnd="rn")
         values.store(values.load().to(cutlass.BFloat16).to(cutlass.Float32))
 

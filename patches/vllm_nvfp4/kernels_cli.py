@@ -122,11 +122,13 @@ def _linear(name: str, layers: int, m: int, n: int, k: int) -> Operator:
     return _operator(name, layers, kernel, f"m {m}, n {n}, k {k}", config, moved, 2 * m * n * k, tile=tile)
 
 
-def _quantize(name: str, layers: int, rows: int, k: int, by_slot: bool = False) -> Operator:
+def _quantize(name: str, layers: int, rows: int, k: int, tokens: int | None = None) -> Operator:
+    """Rows of their own, or, with a number of tokens, slots that are gathered from so many."""
     from cutedsl.kernels import quantize_sm100 as kernel
 
-    config = kernel.Config(by_slot).validate()
-    moved = rows * k * (_BF16_BYTES + _NVFP4_BYTES)
+    config = kernel.Config(by_slot=tokens is not None).validate()
+    read = rows if tokens is None else min(rows, tokens)
+    moved = (read * _BF16_BYTES + rows * _NVFP4_BYTES) * k
     return _operator(f"quantize for {name}", layers, kernel, f"rows {rows}, k {k}", config, moved, 0)
 
 
@@ -166,7 +168,7 @@ def _experts(rank: "Rank", experts: "Experts", tokens: int) -> Iterator[Operator
     rows = math.ceil(tokens * experts.top_k * experts.share)
     total = round(count / experts.share)
     used = count * (1 - (1 - experts.top_k / total) ** tokens)
-    yield _quantize(experts.name, experts.layers, rows, hidden, by_slot=count > 1)
+    yield _quantize(experts.name, experts.layers, rows, hidden, tokens if count > 1 else None)
     guess, padded = group_tokens(experts, tokens), padded_rows(tokens, experts.top_k, count)
     n = 2 * columns
     shape = f"rows {rows}, experts {used:.0f} of {count}, n {n}, k {hidden}"

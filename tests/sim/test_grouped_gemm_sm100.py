@@ -326,10 +326,12 @@ def test_all_sizes(matrix, epilogue: str, cta_group: int, tile_n: int) -> None:
     config = largest_config(epilogue, tile_n, cta_group, ARCH)
     groups = [(1,), (7,), (64,), (0, 129), (128, 0, 0, 200, 5), (300, 0, 1, 128, 129, 7, 255, 0), (256, 256)]
 
-    def case(policy: str, seed: int, counts: tuple[int, ...], n: int, k: int) -> ptxsim.Report:
-        return simulate(config, counts, n, k, 1 + (sum(counts) + n + k // 32) % 4, policy, seed)
+    sizes = [(128, 32), (RAGGED_N[epilogue], 256), (768, 352), (RAGGED_N[epilogue], 1536)]
 
-    matrix(case, seeds=(0, 1, 2), counts=groups, n=(128, RAGGED_N[epilogue], 768), k=(32, 256, 320, 1536))
+    def case(policy: str, seed: int, counts: tuple[int, ...], size: tuple[int, int]) -> ptxsim.Report:
+        return simulate(config, counts, *size, 1 + (sum(counts) + sum(size) // 32) % 4, policy, seed)
+
+    matrix(case, counts=groups, size=sizes)
 
 
 @pytest.mark.full

@@ -176,7 +176,9 @@ def test_sizes_do_not_compile_again() -> None:
 def test_arithmetic_is_as_written(load_bytes: int) -> None:
     text = kernels.compiled(Config(load_bytes=load_bytes)).artifacts.PTX
     assert ".target sm_100a" in text
-    assert text.count("mul.rn.f32x2") == 16
+    # Four products a pair, not packed: see cutedsl.kernels.rounding.
+    assert text.count("mul.rn.f32x2") == 0
+    assert text.count("mul.rn.f32 ") >= 32
     assert text.count("add.rn.f32x2") == 8
     assert text.count("div.rn.f32") == 17
     assert text.count("cvt.rn.satfinite.e2m1x2.f32") == 8

@@ -1,0 +1,264 @@
+"""The closed set of kernels: the same few for every number of tokens; and what `nvfp4 kernels explain` says of them."""
+
+import functools
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from vllm_nvfp4 import architecture, cli, kernels_cli
+
+from cutedsl import deployment
+from cutedsl.deployment import FAMILIES, MAX_TOKENS, MODELS, Deployment, Rank, Variant, find_model, model_from_config
+from cutedsl.kernels import grouped_gemm_sm100, grouped_gemm_swap_sm100, linear_sm100, route_sm100
+
+PRO, FLASH = MODELS["deepseek-v4-pro"], MODELS["deepseek-v4-flash"]
+TP = (1, 2, 4, 8)
+
+
+def published(root: Path, name: str) -> dict:
+    return json.loads((root / "tests" / "data" / "configs" / f"{name}.json").read_text())
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_the_published_ones(root: Path, name: str) -> None:
+    assert model_from_config(published(root, name), name) == MODELS[name]
+    assert find_model(name) is MODELS[name]
+    path = str(root / "tests" / "data" / "configs" / f"{name}.json")
+    assert find_model(path).ratios == MODELS[name].ratios
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_of_the_model_is_in_an_operator(root: Path, name: str) -> None:
+    config = SimpleNamespace(**published(root, name))
+    expected = Counter()
+    for module, (n, k) in architecture.expected(config, mtp_layers=1).linears.items():
+        kind = "experts" if ".experts." in module else "shared" if "shared_experts" in module else "linear"
+        expected["wo_a" if module.endswith(".wo_a") else kind] += n * k
+    model = MODELS[name]
+    rank = Rank(model)
+    routed, shared = rank.experts()
+    found = Counter(linear=sum(linear.n * linear.k * linear.layers for linear in rank.linears()))
+    found["experts"] = 3 * routed.num_experts * routed.intermediate * model.hidden_size * routed.layers
+    found["shared"] = 3 * shared.intermediate * model.hidden_size * shared.layers
+    found["wo_a"] = rank.num_groups * rank.wo_a[0] * rank.wo_a[1] * rank.num_layers
+    assert found == expected
+
+
+def test_transformers_spelling(root: Path) -> None:
+    config = published(root, "deepseek-v4-pro")
+    ratios = config.pop("compress_ratios")
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    config["layer_types"] = [kinds[ratio] for ratio in ratios[:61]]
+    config["compress_rates"] = {kinds[4]: 4, kinds[128]: 128}
+    assert model_from_config(config, PRO.name) == PRO
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", None, "hidden_size is None, expected a positive integer"),
+        ("n_routed_experts", 0, "n_routed_experts is 0"),
+        ("o_groups", "16", "o_groups is '16'"),
+        ("num_hidden_layers", None, "num_hidden_layers is None"),
+        ("compress_ratios", [4, 128], "has 2 entries, expected one for each of 61 layers"),
+    ],
+)
+def test_bad_configurations(root: Path, field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_from_config({**published(root, "deepseek-v4-pro"), field: value}, "x")
+
+
+def test_unknown_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither one of deepseek-v4-pro, deepseek-v4-flash nor a readable config.json"):
+        find_model("deepseek-v5")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="nor a readable config.json"):
+        find_model(str(tmp_path))
+
+
+def test_what_cannot_be_cut() -> None:
+    with pytest.raises(ValueError, match="num_heads is 128, no multiple of 5; take another tp than 5"):
+        deployment.deployment(PRO, [1, 5])
+    with pytest.raises(ValueError, match="tp is 0"):
+        deployment.deployment(PRO, [0])
+    # Groups of wo_a end at 8; nothing serves V4-Flash over 16 ranks.
+    with pytest.raises(ValueError, match="o_groups is 8"):
+        deployment.deployment(FLASH, [16])
+    assert [(rank.tp, rank.ep) for rank in deployment.deployment(PRO, [2, 1]).ranks] == [(1, False), (2, False), (2, True)]
+
+
+def test_no_kernel_for_another_architecture() -> None:
+    with pytest.raises(ValueError, match="no kernel in cutedsl.kernels is for sm_90a"):
+        deployment.variants(deployment.deployment(PRO, [8], "sm_90a"))
+
+
+# ---- the closed set -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def closed(name: str) -> list[Variant]:
+    return deployment.variants(deployment.deployment(MODELS[name], TP))
+
+
+def configs(name: str, kernel: str) -> set:
+    return {variant.config for variant in closed(name) if variant.kernel.__name__ == kernel}
+
+
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """choose_config for a million shapes makes the same few configurations again and again."""
+    for module in (linear_sm100, grouped_gemm_sm100, grouped_gemm_swap_sm100):
+        monkeypatch.setattr(module, "largest_config", functools.cache(module.largest_config))
+
+
+class EveryBatch(Deployment):
+    """Asks for every number of tokens, and for some beyond."""
+
+    def batches(self) -> list[int]:
+        return [*range(1, MAX_TOKENS + 1), 3 * MAX_TOKENS, 1 << 20]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.module)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("remembered")
+def test_no_number_of_tokens_needs_another_kernel(name: str, family: deployment.Family) -> None:
+    every = EveryBatch(deployment.deployment(MODELS[name], TP).ranks)
+    found = {variant.config for variant in family.variants(every)}
+    assert found == configs(name, family.kernel)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_closed_set_is(name: str) -> None:
+    assert len(closed(name)) == len({(variant.kernel, variant.config) for variant in closed(name)})
+    assert sorted(config.tile_n for config in configs(name, "LinearSm100")) == [64, 128, 256]
+    for kernel, most in (("GroupedGemmSm100", 5), ("GroupedGemmSwapSm100", 4)):
+        by_epilogue = Counter(config.epilogue for config in configs(name, kernel))
+        assert set(by_epilogue) == {"bf16", "swiglu_nvfp4"}
+        assert max(by_epilogue.values()) <= most
+    assert {config.tile_n for config in configs(name, "GroupedGemmSwapSm100")} == set(grouped_gemm_swap_sm100.TILES_N)
+    assert Counter(variant.kernel.__name__ for variant in closed(name) if "Gemm" not in variant.kernel.__name__) == {
+        "LinearSm100": 3,
+        "QuantizeSm100": 4,
+        "InverseRopeQuantizeSm100": 2,
+        "RouteSm100": 8,
+        "FinalizeSm100": 4,
+    }
+    assert all(variant.config.validate() is variant.config for variant in closed(name))
+
+
+def test_without_experts_dealt_out_there_is_no_map() -> None:
+    found = deployment.variants(deployment.deployment(PRO, [1]))
+    mapped = {variant.config.mapped for variant in found if variant.kernel is route_sm100.RouteSm100}
+    assert mapped == {False}
+
+
+def test_every_kernel_module_is_in_the_table(root: Path) -> None:
+    modules = {path.stem for path in (root / "cutedsl" / "kernels").glob("*_sm*.py")}
+    assert modules == {family.module for family in FAMILIES}
+
+
+def test_a_module_may_say_its_configurations_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = linear_sm100.choose_config(linear_sm100.Shape(1, 64, 64))
+    monkeypatch.setattr(linear_sm100, "variants", lambda asked: [config, config], raising=False)
+    family = deployment.Family("linear_sm100", "LinearSm100")
+    assert family.variants(Deployment((Rank(PRO),))) == [
+        Variant(linear_sm100.LinearSm100, config, linear_sm100.compiled)
+    ]
+
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+
+
+def by_name(tp: int = 8, tokens: int = 64, ep: bool = False) -> dict[str, kernels_cli.Operator]:
+    return {operator.name: operator for operator in kernels_cli.explain(PRO, tp, tokens, ep)}
+
+
+def test_bytes_and_flop_of_a_linear() -> None:
+    found = by_name()["wq_a + wkv"]
+    m, n, k = 64, 2048, 7168
+    assert (found.kernel, found.shape, found.layers) == ("linear_sm100", "m 64, n 2048, k 7168", 62)
+    assert found.flop == 2 * m * n * k
+    assert found.num_bytes == (m * k + n * k) // 2 + (m * k + n * k) // 16 + 4 * n + 2 * m * n
+    assert found.seconds == pytest.approx(found.num_bytes / 8e12)
+    assert found.bound == "memory"
+    config = linear_sm100.choose_config(linear_sm100.Shape(m, n, k))
+    assert (found.tile, found.smem_bytes, found.tmem_columns) == ("128x64x256", config.smem_bytes, config.tmem_columns)
+
+
+def test_large_steps_are_bound_by_the_tensor_cores() -> None:
+    found = by_name(tokens=16384)["wq_b"]
+    assert found.bound == "tensor"
+    assert found.seconds == pytest.approx(2 * 16384 * 8192 * 1536 / 9e15)
+
+
+def test_few_tokens_swap_operands_and_many_do_not() -> None:
+    assert by_name()["experts: gate, up"].swap
+    assert not by_name(tokens=16384)["experts: gate, up"].swap
+
+
+def test_experts_that_nobody_chose_are_not_read() -> None:
+    one, two = (by_name(tokens=tokens)["experts: down"] for tokens in (1, 4096))
+    expert_bytes = 7168 * 384 * (1 / 2 + 1 / 16)
+    # Six of 384 for one token, all of them for thousands; and the rows.
+    assert one.num_bytes == pytest.approx(6 * (expert_bytes + 384 * 9 / 16 + 2 * 7168), rel=1e-6)
+    assert two.num_bytes == pytest.approx(384 * expert_bytes + 4096 * 6 * (384 * 9 / 16 + 2 * 7168), rel=1e-6)
+    assert one.flop == 6 * 2 * 7168 * 384
+
+
+def test_dealing_experts_out_moves_the_same_work() -> None:
+    cut, dealt = by_name()["experts: gate, up"], by_name(ep=True)["experts: gate, up"]
+    assert "of 48" in dealt.shape
+    assert dealt.flop == cut.flop
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("tp", TP)
+@pytest.mark.parametrize("tokens", [1, 200, 16384])
+def test_explained_kernels_are_in_the_closed_set(name: str, tp: int, tokens: int) -> None:
+    there = {(variant.kernel.__module__.rpartition(".")[2], str(variant.config)) for variant in closed(name)}
+    for ep in (False, True):
+        for operator in kernels_cli.explain(MODELS[name], tp, tokens, ep):
+            config = next(f for f in FAMILIES if f.module == operator.kernel).load().Config(**operator.config)
+            assert (operator.kernel, str(config)) in there
+
+
+def test_explain_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels_cli.main(["explain", "--tp", "8", "-m", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "deepseek-v4-pro, tp 8, 64 tokens" in text
+    assert text.count("roofline of one B200, not measured: 8 TB/s, 9 PFLOPS dense FP4") == 2
+    assert "wq_a + wkv" in text
+
+
+def test_explain_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels_cli.main(["explain", "--model", "deepseek-v4-flash", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"name", "tile", "roofline_seconds", "label"} <= set(found[0])
+    assert all("not measured" in operator["label"] for operator in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tp", "5"], "num_heads is 128, no multiple of 5"),
+        (["-m", "0"], "-m is 0, expected at least 1 token"),
+        (["--model", "nowhere"], "nor a readable config.json"),
+    ],
+)
+def test_explain_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert kernels_cli.main(["explain", *arguments]) == 64
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_knows_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["nvfp4", "kernels", "explain", "--wrong"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 64
+    assert "nvfp4 kernels explain" in capsys.readouterr().err
