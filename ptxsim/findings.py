@@ -80,7 +80,7 @@ class Report:
 
     Attributes:
         findings: faults, first seen first; the same code at the same PTX line is kept once and counted.
-        counters: "instructions", "tma_load_bytes", "tma_store_bytes", "mma_flops", "op:<opcode>", ...
+        counters: "instructions", "ctas", "tma_load_bytes", "tma_store_bytes", "mma_flops", "op:<opcode>", ...
         trace: timeline, if asked for.
     """
 

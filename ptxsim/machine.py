@@ -666,6 +666,7 @@ class Machine:
         while self.pending_clusters and len(self.clusters) < self.resident:
             cluster = Cluster(self, self._next_cluster, self.pending_clusters.popleft())
             self._next_cluster += 1
+            self.counters["ctas"] += cluster.size
             self.clusters.append(cluster)
             for cta in cluster.ctas:
                 for warp in cta.warps:

@@ -25,7 +25,7 @@ Padding: rows of a group's last tile beyond its count are computed from whatever
 belongs to the same group. No other row is touched; tiles behind padded_offset[E] are neither computed nor written. k and
 n are ragged as in `linear_sm100`.
 
-Names: as in `linear_sm100`; gM, gSFB ... have one mode more, the expert.
+Names: as in `linear_sm100`; gB and gSFB have one mode more, the expert. In memory a row of D may be codes, two a byte.
 """
 
 from collections.abc import Callable

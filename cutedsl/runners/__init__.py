@@ -6,7 +6,9 @@ layer's name. A runner holds the very tensors it was given, never copies (sm100 
 must be padded); the products of scales (alpha) are formed once, at construction, so a scale must not be changed afterwards.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -25,6 +27,20 @@ def select_backend(name: str, backend: str, backends: Mapping[str, Callable]) ->
     if backend not in backends:
         raise ValueError(f"{name}: unknown backend {backend!r}; known: {', '.join(sorted(backends))}")
     return backends[backend]
+
+
+def import_sm100(name: str) -> Any:
+    """Returns cutedsl.runners.sm100, imported when asked for: it needs the kernel compiler.
+
+    Raises:
+        ImportError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module("cutedsl.runners.sm100")
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: the sm100 backend cannot be imported ({error}); install nvidia-cutlass-dsl, or use another backend"
+        ) from error
 
 
 def check_packed(

@@ -5,12 +5,13 @@ rescale one of them. Each shard keeps both scales; whether the activation can be
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from cutedsl.ops import registry
 from cutedsl.reference import linear as reference
-from cutedsl.runners import check_packed, check_scale, pack_matrix, select_backend
+from cutedsl.runners import check_packed, check_scale, import_sm100, pack_matrix, select_backend
 
 
 class LinearRunner:
@@ -31,6 +32,7 @@ class LinearRunner:
         in_features, out_features: K and N.
         device: of the weight.
         matrix: the weight with alpha (N,) and its rows by distinct input_scale; backend reference only.
+        chain: of kernels, with its workspace; backend sm100 only.
 
     Raises:
         TypeError: a type is wrong.
@@ -39,6 +41,8 @@ class LinearRunner:
     Numerics: as reference.linear; the order of sums is the backend's. Construction reads scales back to the
     host; a call does not.
     """
+
+    chain: Any
 
     def __init__(
         self,
@@ -80,13 +84,10 @@ def _reference(runner: LinearRunner) -> Forward:
 
 
 def _sm100(runner: LinearRunner) -> Forward:
-    # Imported when asked for: it needs the kernel compiler.
-    from cutedsl.runners import sm100
-
-    chain = sm100.LinearChain(runner.name, runner.matrix)
+    runner.chain = import_sm100(runner.name).LinearChain(runner.name, runner.matrix)
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
     del runner.matrix, runner.weight, runner.weight_scale
-    return lambda _, x: chain(x)
+    return lambda runner, x: runner.chain(x)
 
 
 BACKENDS: dict[str, Callable[[LinearRunner], Forward]] = {"reference": _reference, "sm100": _sm100}

@@ -5,6 +5,7 @@ the matrices of single experts are views of the stack, so nothing is held twice.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,14 @@ from cutedsl.ops import registry
 from cutedsl.reference import moe as reference
 from cutedsl.reference.linear import PackedMatrix
 from cutedsl.routing import local_expert_ids
-from cutedsl.runners import check_packed, check_scale, check_swiglu_limit, pack_matrix, select_backend
+from cutedsl.runners import (
+    check_packed,
+    check_scale,
+    check_swiglu_limit,
+    import_sm100,
+    pack_matrix,
+    select_backend,
+)
 
 
 class MoeRunner:
@@ -41,6 +49,7 @@ class MoeRunner:
         num_experts: E, on this rank.
         num_global_experts: bound of the ids the op takes.
         experts: gate_up and down of each expert, views of the stacks; backend reference only.
+        chain: of kernels, with its workspace; backend sm100 only.
 
     Raises:
         TypeError: a type is wrong.
@@ -52,6 +61,7 @@ class MoeRunner:
     """
 
     experts: tuple[tuple[PackedMatrix, PackedMatrix], ...]
+    chain: Any
 
     def __init__(
         self,
@@ -156,10 +166,7 @@ def _reference_forward(
 
 
 def _sm100(runner: MoeRunner) -> Forward:
-    # Imported when asked for: it needs the kernel compiler.
-    from cutedsl.runners import sm100
-
-    chain = sm100.MoeChain(
+    runner.chain = import_sm100(runner.name).MoeChain(
         runner.name,
         runner.w13_weight,
         runner.w13_weight_scale,
@@ -174,7 +181,7 @@ def _sm100(runner: MoeRunner) -> Forward:
     )
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
     del runner.w13_weight, runner.w13_weight_scale, runner.w2_weight, runner.w2_weight_scale
-    return lambda _, x, topk_weights, topk_ids: chain(x, topk_weights, topk_ids)
+    return lambda runner, x, topk_weights, topk_ids: runner.chain(x, topk_weights, topk_ids)
 
 
 BACKENDS: dict[str, Callable[[MoeRunner], Forward]] = {"reference": _reference, "sm100": _sm100}

@@ -5,12 +5,20 @@ FP32 output of SwiGLU, which never exists as a BF16 tensor.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from cutedsl.ops import registry
 from cutedsl.reference import shared_expert as reference
-from cutedsl.runners import check_packed, check_scale, check_swiglu_limit, pack_matrix, select_backend
+from cutedsl.runners import (
+    check_packed,
+    check_scale,
+    check_swiglu_limit,
+    import_sm100,
+    pack_matrix,
+    select_backend,
+)
 
 
 class SharedExpertRunner:
@@ -35,6 +43,7 @@ class SharedExpertRunner:
         in_features, out_features: both H.
         device: of the weights.
         gate_up, down: the matrices with their alphas; backend reference only.
+        chain: of kernels, with its workspace; backend sm100 only.
 
     Raises:
         TypeError: a type is wrong.
@@ -43,6 +52,8 @@ class SharedExpertRunner:
     Numerics: as reference.shared_expert; the order of sums is the backend's. Construction reads scales back to the
     host; a call does not.
     """
+
+    chain: Any
 
     def __init__(
         self,
@@ -107,14 +118,13 @@ def _reference(runner: SharedExpertRunner) -> Forward:
 
 
 def _sm100(runner: SharedExpertRunner) -> Forward:
-    # Imported when asked for: it needs the kernel compiler.
-    from cutedsl.runners import sm100
-
     scales = runner.gate_up_weight_scale_2, runner.gate_up_input_scale
-    chain = sm100.SharedExpertChain(runner.name, runner.gate_up, runner.down, *scales, runner.swiglu_limit)
+    runner.chain = import_sm100(runner.name).SharedExpertChain(
+        runner.name, runner.gate_up, runner.down, *scales, runner.swiglu_limit
+    )
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
     del runner.gate_up, runner.down
-    return lambda _, x: chain(x)
+    return lambda runner, x: runner.chain(x)
 
 
 BACKENDS: dict[str, Callable[[SharedExpertRunner], Forward]] = {"reference": _reference, "sm100": _sm100}

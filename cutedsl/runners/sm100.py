@@ -101,7 +101,7 @@ class Workspace:
 
 @functools.cache
 def workspace(kind: str, device: torch.device) -> Workspace:
-    """The workspace that runners of a kind share on a device, unless a chain's attribute `workspace` is set to another.
+    """The workspace that runners of a kind share on a device, unless `runner.chain.workspace` is set to another.
 
     Args:
         kind: linear, shared_expert, moe or wo_a: operators of different kinds may run at the same time.

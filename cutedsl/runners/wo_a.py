@@ -5,12 +5,13 @@ number of groups gives shapes that still multiply: heads per group must come out
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from cutedsl.ops import registry
 from cutedsl.reference import wo_a as reference
-from cutedsl.runners import check_packed, check_scale, pack_matrix, select_backend
+from cutedsl.runners import check_packed, check_scale, import_sm100, pack_matrix, select_backend
 
 
 class WoARunner:
@@ -34,6 +35,7 @@ class WoARunner:
         out_features: G * R.
         device: of the weight.
         matrix: the weight with alpha (G * R,); backend reference only.
+        chain: of kernels, with its workspace; backend sm100 only.
 
     Raises:
         TypeError: a type is wrong.
@@ -42,6 +44,8 @@ class WoARunner:
     Numerics: as reference.wo_a; the order of sums is the backend's. Construction reads scales back to the
     host; a call does not.
     """
+
+    chain: Any
 
     def __init__(
         self,
@@ -93,14 +97,13 @@ def _reference(runner: WoARunner) -> Forward:
 
 
 def _sm100(runner: WoARunner) -> Forward:
-    # Imported when asked for: it needs the kernel compiler.
-    from cutedsl.runners import sm100
-
     sizes = runner.num_groups, runner.head_dim, runner.rope_dim
-    chain = sm100.WoAChain(runner.name, runner.matrix, runner.weight_scale_2, runner.input_scale, *sizes)
+    runner.chain = import_sm100(runner.name).WoAChain(
+        runner.name, runner.matrix, runner.weight_scale_2, runner.input_scale, *sizes
+    )
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
     del runner.matrix
-    return lambda _, o, positions, cos_sin_cache: chain(o, positions, cos_sin_cache)
+    return lambda runner, o, positions, cos_sin_cache: runner.chain(o, positions, cos_sin_cache)
 
 
 BACKENDS: dict[str, Callable[[WoARunner], Forward]] = {"reference": _reference, "sm100": _sm100}

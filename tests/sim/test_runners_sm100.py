@@ -102,7 +102,7 @@ def assert_close(y: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor | flo
     exact, found = exact.double(), y.double()
     allowed = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=1e-30))) - 7) + slack + 2e-6 * exact.abs().amax()
     rows = ((found - exact).abs() > allowed).any(dim=1)
-    flips = -(-requantized // 50_000)
+    flips = round(requantized / 50_000)
     assert int(rows.sum()) <= flips, f"rows {rows.nonzero().flatten().tolist()[:9]} are wrong, {flips} may be"
     norm = exact.norm(dim=1).clamp(min=1e-30)
     worst = ((found - exact).norm(dim=1) / norm).max()
