@@ -141,12 +141,12 @@ class KernelSet:
         if entry is None:
             return None
         path = self.directory / entry.file
+        if not path.is_file() or compiler.file_digest(path) != entry.sha256:
+            raise StaleSetError(f"{path} has changed since the set came into use; build it again")
+        tvm_ffi = _load_libraries()
         try:
-            if compiler.file_digest(path) != entry.sha256:
-                raise StaleSetError(f"{path} has changed since the set came into use; build it again")
-            tvm_ffi = _load_libraries()
             return tvm_ffi.load_module(str(path)).get_function(entry.symbol)
-        except (OSError, AttributeError, ValueError) as error:
+        except (RuntimeError, AttributeError, ValueError) as error:
             raise StaleSetError(f"{path} cannot be loaded: {error}; build it again") from error
 
     def _machine_problems(self) -> list[str]:
@@ -159,7 +159,9 @@ class KernelSet:
         else:
             lacking = sorted(set(self.manifest.get("cpu_features", ())) - set(cpu_features()))
             if lacking:
-                found.append(f"built on a CPU with {', '.join(lacking)}, which this one lacks: build on the older machine")
+                found.append(
+                    f"built on a CPU with {', '.join(lacking)}, which this one lacks: build on the older machine"
+                )
         return found
 
     def _source_problems(self) -> list[str]:
@@ -323,7 +325,11 @@ def _replace(directory: Path, scratch: Path) -> None:
     if directory.exists():
         old = scratch.with_name(f"{scratch.name}-old")
         directory.rename(old)
-        scratch.rename(directory)
+        try:
+            scratch.rename(directory)
+        except OSError:
+            old.rename(directory)
+            raise
         shutil.rmtree(old)
     else:
         scratch.rename(directory)

@@ -186,7 +186,7 @@ def frozen() -> bool:
 def counters() -> Counters:
     """What the cache has done so far."""
     with _lock:
-        return Counters(**_counts)  # type: ignore[arg-type]
+        return Counters(**_counts)
 
 
 def cached_keys() -> list[Key]:
@@ -255,7 +255,7 @@ def dsl_version() -> str:
         return importlib.metadata.version(DSL_PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise RuntimeError(
-            f"{DSL_PACKAGE} is not installed: compiled kernels need its runtime library; install the version in versions.env"
+            f"{DSL_PACKAGE} is not installed: compiled kernels need its runtime library; install versions.env's version"
         ) from error
 
 
@@ -328,13 +328,13 @@ def _load(call: _Call) -> Callable[..., Any] | None:
 
 
 def _compile(call: _Call, arguments: Callable[[], Sequence[Any]]) -> Callable[..., Any]:
-    kernel, config, arch, line_info = call
     if frozen():
         raise CompilationRefusedError(_refusal(call))
     from cutlass import cute
 
     key = key_of(*call)
     start = time.perf_counter()
+    kernel, config = call[:2]
     function = cute.compile(kernel(config), *arguments(), options=key.options)
     _count(compilations=1, compile_seconds=time.perf_counter() - start)
     return function

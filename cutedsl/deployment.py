@@ -140,7 +140,8 @@ def model_from_config(config: Mapping[str, Any], name: str) -> Model:
         ratios = [rates.get(kind, 0) for kind in config.get("layer_types") or ()]
     if len(ratios) < num_layers:
         raise ValueError(
-            f"{name}: compress_ratios (or layer_types) has {len(ratios)} entries, expected one for each of {num_layers} layers"
+            f"{name}: compress_ratios (or layer_types) has {len(ratios)} entries, expected one for each of {num_layers} "
+            "layers"
         )
     num_mtp = int(config.get("num_nextn_predict_layers") or 0)
     return Model(name=name, **sizes, ratios=tuple(ratios[:num_layers]), num_mtp_layers=num_mtp)

@@ -242,16 +242,19 @@ def row(variant: Variant, found: Facts) -> str:
 
 def document(rows: Sequence[str]) -> str:
     """The whole file."""
+    sizes = ", ".join(map(str, TP))
+    triton = importlib.metadata.version("triton")
+    tools = f"CuTe DSL {compiler.dsl_version()}, nvdisasm {nvdisasm_version()} of triton {triton}"
     return f"""# Kernels for Blackwell, as compiled
 
 What the machine code for {ARCH} says of every kernel that a deployment of DeepSeek-V4 Pro or Flash can call, at any number of
-tokens and tensor parallel sizes {", ".join(map(str, TP))}. Static facts: none of these kernels has run on hardware, and nothing here
-is about speed. Written by `scripts/kernel_table.py`; `tests/sim/test_aot.py` holds it to the code.
+tokens and tensor parallel sizes {sizes}. Static facts: not verified on hardware, and nothing here is about speed.
+Written by `scripts/kernel_table.py`; `tests/sim/test_aot.py` holds it to the code.
 
-CuTe DSL {compiler.dsl_version()}, nvdisasm {nvdisasm_version()} of triton {importlib.metadata.version("triton")}, {len(rows)} kernels.
+{tools}, {len(rows)} kernels.
 
-- **registers** of a thread; **static**, **dynamic**: bytes of shared memory of a CTA (1024 static bytes are the system's own).
-- **stack**: bytes of local memory of a thread; **local**: instructions that access it (STL, LDL). Both 0: nothing is spilled.
+- **registers** of a thread; **static**, **dynamic**: bytes of shared memory of a CTA (1024 static ones are the system's).
+- **stack**: bytes of local memory of a thread; **local**: instructions that access it (STL, LDL). 0: nothing is spilled.
 - **MMA**: block-scaled FP4 MMA instructions of the tensor core (UTCOMMA) in the code; a loop executes each many times.
 - **code**: bytes of instructions.
 

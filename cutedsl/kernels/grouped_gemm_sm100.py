@@ -7,8 +7,8 @@
 The mainloop is that of `linear_sm100`: codes through shared memory, scales through tensor memory (TMEM), sums in TMEM.
 The hard part here is that how many tiles there are, and whose, only the device knows. A group starts at a padded row that
 is a multiple of 128, so that a tile of 128 rows has one expert, tile_expert[tile]; padded_offset[E] is where the last
-group ends. Every warp reads both and walks the same list: n runs fastest, so that A is read from DRAM once, and the tiles
-of a group follow each other while its weights are in L2. Sizes of groups never reach the host.
+group ends. Every warp reads both and walks the same list: n runs fastest, so that CTAs of one moment share
+rows of A, and tiles of a group follow each other while its weights may still be in L2. Sizes of groups never reach the host.
 
 With two CTAs to a tile (cta_group 2) a pair of 128-row tiles shares one MMA of 256 rows: each CTA loads its own rows of A,
 half the rows of B, and all of B's scales. Pairs are fixed, tiles 2i and 2i + 1; where they belong to different experts,

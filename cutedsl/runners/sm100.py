@@ -93,7 +93,9 @@ class Workspace:
                 self._retired.append(buffer)
                 self._captured.discard(name)
             # Zeros, as scales of rows that nobody wrote are read, and must be numbers.
-            buffer = self._buffers[name] = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+            # A tensor made in inference mode could not be written outside of it later.
+            with torch.inference_mode(False):
+                buffer = self._buffers[name] = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         if capturing:
             self._captured.add(name)
         return buffer[:num_bytes].view(dtype).view(shape)

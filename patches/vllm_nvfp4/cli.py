@@ -29,7 +29,7 @@ SERVE_DEFAULTS = {
 # One thread: on two cores vLLM's OpenMP threads spin against each other (4.0 s against 1.1 s for a short prompt).
 CPU_DEFAULTS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 USAGE = (
-    "usage: nvfp4 serve MODEL [any `vllm serve` flag], or nvfp4 doctor CHECKPOINT [flags], or nvfp4 kernels explain [flags]"
+    "usage: nvfp4 serve MODEL [any `vllm serve` flag], nvfp4 doctor CHECKPOINT [flags], nvfp4 kernels explain [flags]"
 )
 
 

@@ -26,7 +26,8 @@ USAGE_ERROR = 64
 GPU = "B200"
 MEMORY_BYTES_PER_S = 8e12
 FP4_FLOP_PER_S = 9e15
-LABEL = f"roofline of one {GPU}, not measured: {MEMORY_BYTES_PER_S / 1e12:.0f} TB/s, {FP4_FLOP_PER_S / 1e15:.0f} PFLOPS dense FP4"
+_LIMITS = f"{MEMORY_BYTES_PER_S / 1e12:.0f} TB/s, {FP4_FLOP_PER_S / 1e15:.0f} PFLOPS dense FP4"
+LABEL = f"roofline of one {GPU}, not measured: {_LIMITS}"
 # Half a byte of code, and a sixteenth of a byte of block scale.
 _NVFP4_BYTES = 1 / 2 + 1 / 16
 _BF16_BYTES = 2
@@ -288,8 +289,12 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="nvfp4 kernels", description="What our kernels for Blackwell are and would do.")
     commands = parser.add_subparsers(required=True, metavar="explain", parser_class=_Parser)
-    command = commands.add_parser("explain", help="each operator's kernel, configuration and roofline; measures nothing")
-    command.add_argument("--model", default="deepseek-v4-pro", help="deepseek-v4-pro, deepseek-v4-flash, or a config.json")
+    command = commands.add_parser(
+        "explain", help="each operator's kernel, configuration and roofline; measures nothing"
+    )
+    command.add_argument(
+        "--model", default="deepseek-v4-pro", help="deepseek-v4-pro, deepseek-v4-flash, or a config.json"
+    )
     command.add_argument("--tp", type=int, default=1, help="tensor parallel size, default 1")
     command.add_argument("--ep", action="store_true", help="experts are dealt out over the ranks instead of cut")
     command.add_argument("-m", type=int, default=64, metavar="TOKENS", help="tokens in a step, default 64")

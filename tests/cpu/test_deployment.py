@@ -75,10 +75,10 @@ def test_bad_configurations(root: Path, field: str, value: object, message: str)
 
 
 def test_unknown_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither one of deepseek-v4-pro, deepseek-v4-flash nor a readable config.json"):
+    with pytest.raises(ValueError, match="neither one of deepseek-v4-pro, deepseek-v4-flash nor a readable"):
         find_model("deepseek-v5")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="nor a readable config.json"):
+    with pytest.raises(ValueError, match="nor a readable config"):
         find_model(str(tmp_path))
 
 
@@ -90,11 +90,15 @@ def test_what_cannot_be_cut() -> None:
     # Groups of wo_a end at 8; nothing serves V4-Flash over 16 ranks.
     with pytest.raises(ValueError, match="o_groups is 8"):
         deployment.deployment(FLASH, [16])
-    assert [(rank.tp, rank.ep) for rank in deployment.deployment(PRO, [2, 1]).ranks] == [(1, False), (2, False), (2, True)]
+    assert [(rank.tp, rank.ep) for rank in deployment.deployment(PRO, [2, 1]).ranks] == [
+        (1, False),
+        (2, False),
+        (2, True),
+    ]
 
 
 def test_no_kernel_for_another_architecture() -> None:
-    with pytest.raises(ValueError, match="no kernel in cutedsl.kernels is for sm_90a"):
+    with pytest.raises(ValueError, match=r"no kernel in cutedsl\.kernels is for sm_90a"):
         deployment.variants(deployment.deployment(PRO, [8], "sm_90a"))
 
 

@@ -1,7 +1,9 @@
 """The sm100 backends: every kernel of a chain simulated, through the custom op, against the reference backend."""
 
-import functools
+import json
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -393,6 +395,61 @@ def test_wo_a(
     assert simulator.launched == ["InverseRopeQuantize", gemm]
 
 
+# ---- a real export --------------------------------------------------------------------------------------------------
+
+AFFINE = Path(__file__).parents[1] / "data" / "affine-a" / "model.safetensors"
+_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+
+
+def stored(*names: str) -> list[torch.Tensor]:
+    """Tensors of the export; its file is a length, a header in JSON, and bytes."""
+    data = AFFINE.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    found = []
+    for name in names:
+        entry = header[name]
+        first, last = (start + offset for offset in entry["data_offsets"])
+        flat = torch.frombuffer(bytearray(data[first:last]), dtype=_TYPES[entry["dtype"]])
+        found.append(flat.view(entry["shape"]))
+    return found
+
+
+LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+
+
+def packed(module: str) -> list[torch.Tensor]:
+    return stored(*(f"model.layers.3.{module}.{leaf}" for leaf in LEAVES))
+
+
+def fused(*modules: str) -> tuple[torch.Tensor, ...]:
+    """Rows of several modules one after another, and their tensor scales."""
+    weight, scale, scale_2, input_scale = zip(*map(packed, modules), strict=True)
+    rows = torch.cat([part.view(torch.uint8) for part in scale]).view(scale[0].dtype)
+    return torch.cat(weight), rows, torch.stack(scale_2), torch.stack(input_scale)
+
+
+def test_a_trained_models_layer(simulator: Simulator) -> None:
+    x = random_x(torch.Generator().manual_seed(5), 7, 256)
+    merged = dict(zip(LEAVES, fused("attn.wq_a", "attn.wkv"), strict=True)) | {"shard_sizes": [128, 512]}
+    exact = linear_fp32(x, LinearRunner("reference", **merged).matrix)
+    assert_close(OPS.linear(x, LinearRunner("layer", **own(merged), backend="sm100").runner_id), exact)
+
+    gate_up = [fused(f"ffn.experts.{e}.w1", f"ffn.experts.{e}.w3") for e in range(4)]
+    down = [packed(f"ffn.experts.{e}.w2") for e in range(4)]
+    arguments = {
+        f"{name}_{leaf}": torch.stack([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
+        if leaf == "weight_scale"
+        else torch.stack(tensors)
+        for name, experts in (("w13", gate_up), ("w2", down))
+        for leaf, tensors in zip(LEAVES, zip(*experts, strict=True), strict=True)
+    } | {"swiglu_limit": 10.0}
+    reference, runner = MoeRunner("r", **arguments), MoeRunner("layer", **own(arguments), backend="sm100")
+    weights, ids = choices(7, 2, 4, ())
+    exact, size = moe_terms(reference, x, weights, ids)
+    assert_close(OPS.moe(x, weights, ids, runner.runner_id), exact, HALF_ULP * size, requantized=14 * 64)
+
+
 # ---- what surrounds the kernels -------------------------------------------------------------------------------------
 
 
@@ -481,7 +538,9 @@ def test_nothing_grows_during_a_capture(kind: str, no_launch: list, monkeypatch:
 
 def test_buffers_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = sm100.Workspace(torch.device("cpu"))
-    buffers.take("other", torch.uint8, 16)
+    with torch.inference_mode():
+        buffers.take("other", torch.uint8, 16)
+    buffers.take("other", torch.uint8, 16).fill_(1)
     small = buffers.take("x", torch.int32, 4)
     assert small.data_ptr() == buffers.take("x", torch.bfloat16, 2, 3).data_ptr()
     assert small.eq(0).all()
@@ -602,14 +661,18 @@ def test_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     sm100._check_gpu("layer", torch.device("cpu"))
 
 
-@functools.cache
-def v4_moe_sizes() -> list[tuple[int, int]]:
-    return [
-        (h, i // tp) for h, i, sizes in ((7168, 3072, (1, 2, 4, 8, 16)), (4096, 2048, (1, 2, 4, 8))) for tp in sizes
-    ]
+def test_without_the_compiler_only_sm100_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cutedsl.runners.sm100", None)
+    with pytest.raises(ImportError, match=r"layer: the sm100 backend cannot be imported .*install nvidia-cutlass-dsl"):
+        LinearRunner("layer", **linear_arguments([64], 64, [0]), backend="sm100")
+    assert LinearRunner("layer", **linear_arguments([64], 64, [0])).runner_id
+    registry.clear()
 
 
-@pytest.mark.parametrize(("hidden", "intermediate"), v4_moe_sizes())
+@pytest.mark.parametrize(
+    ("hidden", "intermediate"),
+    [(7168, 3072 // tp) for tp in (1, 2, 4, 8, 16)] + [(4096, 2048 // tp) for tp in (1, 2, 4, 8)],
+)
 def test_every_v4_expert_is_taken(hidden: int, intermediate: int) -> None:
     sm100._check_sizes("layer", "w13", 2 * intermediate, hidden)
     sm100._check_sizes("layer", "w2", hidden, intermediate)
