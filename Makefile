@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PORT ?= 8000
 # What the tests' engines and the interpreter of Triton kernels need; see patches/vllm_nvfp4/compat.py.
-TEST_ENV := TRITON_INTERPRET=1 TRITON_DEFAULT_BACKEND=cpu OMP_NUM_THREADS=1
+TEST_ENV := TRITON_INTERPRET=1 TRITON_DEFAULT_BACKEND=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: help env serve test test-fast test-sim test-sim-full test-modelopt test-gpu lint lock clean
 

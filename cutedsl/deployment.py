@@ -371,8 +371,9 @@ def variants(asked: Deployment) -> list[Variant]:
 
 
 def group_tokens(experts: Experts, tokens: int) -> int:
-    """Tokens of an expert as the host guesses them: the mean, as if the router were even."""
-    return math.ceil(tokens * experts.top_k * experts.share / experts.num_experts)
+    """Tokens of the largest group as the host guesses them: twice the mean, at most all, as `cutedsl.runners.sm100` does."""
+    total = round(experts.num_experts / experts.share)
+    return min(tokens, 2 * math.ceil(tokens * experts.top_k / total))
 
 
 def _linear(module: Any, asked: Deployment) -> Iterator[Hashable]:

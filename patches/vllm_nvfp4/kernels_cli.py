@@ -116,11 +116,15 @@ def _attention(rank: "Rank", tokens: int) -> Iterator[Operator]:
 
 def _linear(name: str, layers: int, m: int, n: int, k: int) -> Operator:
     from cutedsl.kernels import linear_sm100 as kernel
+    from cutedsl.runners.sm100 import SWAP_TOKENS
 
+    shape, moved, flop = f"m {m}, n {n}, k {k}", (m + n) * k * _NVFP4_BYTES + 4 * n + m * n * _BF16_BYTES, 2 * m * n * k
+    if m <= SWAP_TOKENS:
+        # One group, whose rows are all tokens.
+        return _grouped(name, layers, shape, "bf16", (m, m, n, k, 1), moved, flop)
     config = kernel.choose_config(kernel.Shape(m, n, k))
-    moved = (m + n) * k * _NVFP4_BYTES + 4 * n + m * n * _BF16_BYTES
     tile = f"{kernel.TILE_M}x{config.tile_n}x{kernel.TILE_K}"
-    return _operator(name, layers, kernel, f"m {m}, n {n}, k {k}", config, moved, 2 * m * n * k, tile=tile)
+    return _operator(name, layers, kernel, shape, config, moved, flop, tile=tile)
 
 
 def _quantize(name: str, layers: int, rows: int, k: int, tokens: int | None = None) -> Operator:
@@ -189,7 +193,7 @@ def _experts(rank: "Rank", experts: "Experts", tokens: int) -> Iterator[Operator
 def _grouped(
     name: str, layers: int, shape: str, epilogue: str, sizes: tuple[int, ...], moved: float, flop: int
 ) -> Operator:
-    """Of the two grouped GEMMs the one with weights on M, if a group's tokens fit one of its tiles.
+    """Of the two grouped GEMMs the one that `cutedsl.runners.sm100` takes: with few tokens, weights on M.
 
     Args:
         name, layers, shape: of the operator.
@@ -198,10 +202,11 @@ def _grouped(
         moved, flop: of the operator.
     """
     from cutedsl.kernels import grouped_gemm_sm100, grouped_gemm_swap_sm100
+    from cutedsl.runners.sm100 import SWAP_TOKENS
 
     tokens, rows, n, k, groups = sizes
     kernel: Any
-    if tokens <= max(grouped_gemm_swap_sm100.TILES_N):
+    if tokens <= SWAP_TOKENS:
         kernel = grouped_gemm_swap_sm100
         config = kernel.choose_config(kernel.Shape(tokens, n, k), epilogue)
         tile = f"{kernel.TILE_W}x{config.tile_n}x{kernel.TILE_K}"
@@ -216,10 +221,10 @@ def _finalize(rank: "Rank", tokens: int) -> Operator:
     from cutedsl.kernels import finalize_sm100 as kernel
 
     hidden, top_k = rank.model.hidden_size, rank.model.top_k
-    config = kernel.choose_config(top_k, y_fp32=False, shared=True)
+    config = kernel.choose_config(top_k, y_fp32=False, shared=False)
     share = 1 / rank.tp if rank.ep else 1
-    # Rows of the experts on this rank, the shared expert's, and the result.
-    moved = (tokens * top_k * share + 2 * tokens) * hidden * _BF16_BYTES + 8 * tokens * top_k
+    # Rows of the experts on this rank, and the result; the shared expert's output is added by vLLM.
+    moved = (tokens * top_k * share + tokens) * hidden * _BF16_BYTES + 8 * tokens * top_k
     shape = f"tokens {tokens}, top_k {top_k}, columns {hidden}"
     return _operator("finalize", rank.num_layers, kernel, shape, config, moved, 0)
 

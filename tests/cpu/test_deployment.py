@@ -1,18 +1,24 @@
 """The closed set of kernels: the same few for every number of tokens; and what `nvfp4 kernels explain` says of them."""
 
+import dataclasses
 import functools
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm_nvfp4 import architecture, cli, kernels_cli
 
+from cutedsl import compile as compiler
 from cutedsl import deployment
 from cutedsl.deployment import FAMILIES, MAX_TOKENS, MODELS, Deployment, Rank, Variant, find_model, model_from_config
 from cutedsl.kernels import grouped_gemm_sm100, grouped_gemm_swap_sm100, linear_sm100, route_sm100
+from cutedsl.reference.linear import PackedMatrix, ScaleGroup
+from cutedsl.runners import sm100
 
 PRO, FLASH = MODELS["deepseek-v4-pro"], MODELS["deepseek-v4-flash"]
 TP = (1, 2, 4, 8)
@@ -156,6 +162,78 @@ def test_what_the_closed_set_is(name: str) -> None:
     assert all(variant.config.validate() is variant.config for variant in closed(name))
 
 
+# Small enough to make the weights of; every kind of operator is there.
+SMALL = dataclasses.replace(
+    PRO, hidden_size=256, q_lora_rank=64, head_dim=64, rope_dim=16, num_heads=8, o_groups=4, o_lora_rank=64,
+    index_head_dim=32, index_num_heads=8, intermediate_size=128, num_experts=8, top_k=2, ratios=(0, 4, 128),
+)  # fmt: skip
+
+
+def matrix(n: int, k: int) -> PackedMatrix:
+    weight, scale = torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // 16, dtype=torch.float8_e4m3fn)
+    return PackedMatrix(weight, scale, torch.ones(n), (ScaleGroup(torch.ones(1), ((0, n),)),))
+
+
+def chains(rank: Rank, expert_map: torch.Tensor | None) -> Iterator[Callable[[int], object]]:
+    """The sm100 backends of all operators of a rank, as functions of a number of tokens."""
+    model, (routed, shared) = rank.model, rank.experts()
+    hidden = model.hidden_size
+
+    def bf16(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    for linear in rank.linears():
+        chain = sm100.LinearChain(linear.name, matrix(linear.n, linear.k))
+        yield lambda tokens, chain=chain, k=linear.k: chain(bf16(tokens, k))
+    gate_up, down = matrix(2 * shared.intermediate, hidden), matrix(hidden, shared.intermediate)
+    one = sm100.SharedExpertChain("shared", gate_up, down, torch.ones(2), torch.ones(2), 10.0)
+    yield lambda tokens: one(bf16(tokens, hidden))
+    experts = [
+        torch.stack([part] * routed.num_experts)
+        for packed in (matrix(2 * routed.intermediate, hidden), matrix(hidden, routed.intermediate))
+        for part in packed[:2]
+    ]
+    pairs, ones = torch.ones(routed.num_experts, 2), torch.ones(routed.num_experts)
+    moe = sm100.MoeChain("moe", *experts[:2], pairs, pairs, *experts[2:], ones, ones, expert_map, 10.0)
+    for ids in (torch.int32, torch.int64):
+        yield lambda tokens, ids=ids: moe(
+            bf16(tokens, hidden), torch.ones(tokens, model.top_k), torch.zeros(tokens, model.top_k, dtype=ids)
+        )
+    n, k = rank.wo_a
+    heads = model.num_heads // rank.tp
+    wo_a = sm100.WoAChain(
+        "wo_a",
+        matrix(rank.num_groups * n, k),
+        torch.ones(1),
+        torch.ones(1),
+        rank.num_groups,
+        model.head_dim,
+        model.rope_dim,
+    )
+    angles = torch.zeros(9, model.rope_dim)
+    yield lambda tokens: wo_a(bf16(tokens, heads, model.head_dim), torch.zeros(tokens, dtype=torch.int64), angles)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, False), (2, False), (2, True)])
+def test_the_runners_ask_for_nothing_else(monkeypatch: pytest.MonkeyPatch, tp: int, ep: bool) -> None:
+    asked: set = set()
+
+    def note(kernel: type, config: object, *_: object) -> Callable[..., None]:
+        asked.add((kernel, config))
+        return lambda *_: None
+
+    monkeypatch.setattr(compiler, "compiled", note)
+    rank = Rank(SMALL, tp, ep).check()
+    expert_map = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], dtype=torch.int32) if ep else None
+    for chain in chains(rank, expert_map):
+        for tokens in (1, 7, 8, 9, 33, 64, 65, 129, 3000):
+            chain(tokens)
+    known = {(variant.kernel, variant.config) for variant in deployment.variants(Deployment((rank,)))}
+    assert asked <= known
+    # None of the modules went unasked, or the runners would not be what is tested.
+    assert {kernel.__name__ for kernel, _ in asked} == {family.kernel for family in FAMILIES}
+
+
 def test_without_experts_dealt_out_there_is_no_map() -> None:
     found = deployment.variants(deployment.deployment(PRO, [1]))
     mapped = {variant.config.mapped for variant in found if variant.kernel is route_sm100.RouteSm100}
@@ -184,15 +262,23 @@ def by_name(tp: int = 8, tokens: int = 64, ep: bool = False) -> dict[str, kernel
 
 
 def test_bytes_and_flop_of_a_linear() -> None:
-    found = by_name()["wq_a + wkv"]
-    m, n, k = 64, 2048, 7168
-    assert (found.kernel, found.shape, found.layers) == ("linear_sm100", "m 64, n 2048, k 7168", 62)
+    m, n, k = 100, 2048, 7168
+    found = by_name(tokens=m)["wq_a + wkv"]
+    assert (found.kernel, found.shape, found.layers) == ("linear_sm100", "m 100, n 2048, k 7168", 62)
     assert found.flop == 2 * m * n * k
     assert found.num_bytes == (m * k + n * k) // 2 + (m * k + n * k) // 16 + 4 * n + 2 * m * n
     assert found.seconds == pytest.approx(found.num_bytes / 8e12)
     assert found.bound == "memory"
     config = linear_sm100.choose_config(linear_sm100.Shape(m, n, k))
     assert (found.tile, found.smem_bytes, found.tmem_columns) == ("128x64x256", config.smem_bytes, config.tmem_columns)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 16384])
+@pytest.mark.parametrize("top_k", [1, 6])
+def test_groups_are_guessed_as_the_runner_does(tokens: int, top_k: int) -> None:
+    runner = SimpleNamespace(num_global_experts=384)
+    experts = Rank(PRO, 8, ep=True).experts()[0]._replace(top_k=top_k)
+    assert deployment.group_tokens(experts, tokens) == sm100.MoeChain._tokens(runner, tokens, top_k)
 
 
 def test_large_steps_are_bound_by_the_tensor_cores() -> None:
@@ -202,8 +288,12 @@ def test_large_steps_are_bound_by_the_tensor_cores() -> None:
 
 
 def test_few_tokens_swap_operands_and_many_do_not() -> None:
-    assert by_name()["experts: gate, up"].swap
-    assert not by_name(tokens=16384)["experts: gate, up"].swap
+    for name in ("wq_b", "experts: gate, up", "shared expert: down", "wo_a (if NVFP4)"):
+        few, many = by_name()[name], by_name(tokens=16384)[name]
+        assert (few.swap, few.kernel) == (True, "grouped_gemm_swap_sm100")
+        assert not many.swap
+        # The host guesses twice the mean for experts: 2 of 64 tokens. Other groups have all.
+        assert few.config["tile_n"] == (8 if name.startswith("experts") else 64)
 
 
 def test_experts_that_nobody_chose_are_not_read() -> None:

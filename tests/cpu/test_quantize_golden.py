@@ -10,12 +10,12 @@ from pathlib import Path
 import make_quantize_golden
 import pytest
 import torch
-from conftest import ROOT
 from make_quantize_golden import Case
 from safetensors.torch import load_file
 
 from cutedsl.quantize import ZERO_TENSOR_SCALE, PackedTensor, dequantize, quantize_weight, unpack_codes
 
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "data" / "quantize_golden.json").read_text())
 CASES = {case.name: case for case in make_quantize_golden.cases()}
 DEFINED = [case for case in CASES.values() if case.is_defined]
