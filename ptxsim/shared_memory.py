@@ -59,9 +59,9 @@ _NOT_IN_FLIGHT = bytes(f for f in range(32) if not f & (IN_FLIGHT | SPLIT))
 # Byte strings of the offsets k * size of 32 lanes: equality of byte strings is the fastest test for contiguous lanes.
 LANE_STEPS = {size: (np.arange(32, dtype=np.int64) * size).tobytes() for size in (1, 2, 4, 8, 16, 32)}
 _WITHIN = {size: np.arange(size, dtype=np.int64) for size in (1, 2, 4, 8, 16, 32)}
-# Proxies that a fence separates from the generic one. cp.async writes through the generic proxy, but kernels that ship and run
-# (FlashInfer's gather GEMM, QuACK's on sm_90 and sm_100) let tensor cores read what it wrote without a proxy fence, so that no
-# fence is asked for; no text of the ISA that would settle it was found.
+# Proxies that a fence separates from the generic one. cp.async writes through the generic proxy, but kernels that ship
+# and run (FlashInfer's gather GEMM, QuACK's on sm_90 and sm_100) let tensor cores read what it wrote without a proxy
+# fence, so that none is asked for; no text of the ISA that would settle it was found.
 _UNFENCED_BY_PRACTICE = ("cp", "async")
 _ASYNC_PROXY = (("cp", "async", "bulk"), ("cp", "reduce", "async"), ("tcgen05",), ("wgmma",), ("clusterlaunchcontrol",))
 

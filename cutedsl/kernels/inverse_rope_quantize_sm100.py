@@ -181,17 +181,20 @@ class InverseRopeQuantizeSm100:
             mAngles: (rope_dim,) fp32 - cosines, then sines, of this token.
             block: of the rotated blocks of a head.
         """
-        cos = cute.make_rmem_tensor(_PAIRS, cutlass.Float32)
-        sin = cute.make_rmem_tensor(_PAIRS, cutlass.Float32)
         num_cosines = self.config.rope_dim // NVFP4.block_size
-        cute.autovec_copy(cute.local_tile(mAngles, (_PAIRS,), (block,)), cos)
-        cute.autovec_copy(cute.local_tile(mAngles, (_PAIRS,), (num_cosines + block,)), sin)
-        for i in cutlass.range_constexpr(_PAIRS):
-            a, b = values[2 * i], values[2 * i + 1]
-            by_cos = rounded_product(a, cos[i]), rounded_product(b, cos[i])
-            # b cos - a sin is b cos + a (-sin), to the last bit.
-            by_sin = rounded_product(b, sin[i]), rounded_product(a, -sin[i])
-            values[2 * i], values[2 * i + 1] = cute.arch.add_packed_f32x2(by_cos, by_sin, rnd="rn")
+        # Half a block's angles at a time: with all 16 in registers ptxas spills where o is loaded by elements.
+        cos = cute.make_rmem_tensor(_PAIRS // 2, cutlass.Float32)
+        sin = cute.make_rmem_tensor(_PAIRS // 2, cutlass.Float32)
+        for half in cutlass.range_constexpr(2):
+            cute.autovec_copy(cute.local_tile(mAngles, (_PAIRS // 2,), (2 * block + half,)), cos)
+            cute.autovec_copy(cute.local_tile(mAngles, (_PAIRS // 2,), (2 * (num_cosines + block) + half,)), sin)
+            for i in cutlass.range_constexpr(_PAIRS // 2):
+                at = half * _PAIRS + 2 * i
+                a, b = values[at], values[at + 1]
+                by_cos = rounded_product(a, cos[i]), rounded_product(b, cos[i])
+                # b cos - a sin is b cos + a (-sin), to the last bit.
+                by_sin = rounded_product(b, sin[i]), rounded_product(a, -sin[i])
+                values[at], values[at + 1] = cute.arch.add_packed_f32x2(by_cos, by_sin, rnd="rn")
         values.store(values.load().to(cutlass.BFloat16).to(cutlass.Float32))
 
 

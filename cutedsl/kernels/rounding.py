@@ -1,8 +1,8 @@
 """FP32 products that stay rounded.
 
-The hard part is that two compilers fuse a product with the sum behind it. CuTe DSL's contracts a * b + c itself, and ptxas fuses even
-`mul.rn.f32x2` with `add.rn.f32x2`, although .rn forbids it for scalars (seen in the machine code of CUDA 12.9, tests/sim/test_rounding.py).
-Only the scalar `mul.rn.f32` is left alone by both.
+The hard part is that two compilers fuse a product with the sum behind it. CuTe DSL's contracts a * b + c itself, and ptxas
+fuses even `mul.rn.f32x2` with `add.rn.f32x2`, although .rn forbids it for scalars (seen in the machine code of CUDA 12.9,
+tests/sim/test_rounding.py). Only the scalar `mul.rn.f32` is left alone by both.
 """
 
 from typing import Any

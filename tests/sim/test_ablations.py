@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conformance import flashinfer_dense, flashinfer_moe, packages
+from conformance import flashinfer_dense, flashinfer_moe
 from conformance.driver import Case
 
 from ptxsim import api, bulk, descriptors, groups, tcgen05, tcgen05_mma

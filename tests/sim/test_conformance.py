@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import flashinfer_dense, flashinfer_moe, flashinfer_rows, packages, quack_kernels
+from conformance import flashinfer_dense, flashinfer_moe, flashinfer_rows, quack_kernels
 from conformance.driver import POLICIES, Case
 
 from ptxsim.findings import FindingsError

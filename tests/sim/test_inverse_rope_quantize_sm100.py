@@ -169,7 +169,7 @@ def test_sizes_do_not_compile_again() -> None:
     }
     assert len(compiled) == 1
     keys = [key for key in compiler.cached_keys() if key.kernel.endswith("InverseRopeQuantizeSm100")]
-    assert len({key.config for key in keys}) == len(keys)
+    assert len({(key.config, key.options) for key in keys}) == len(keys)
 
 
 @pytest.mark.parametrize("load_bytes", [WIDE_LOAD, NARROW_LOAD])

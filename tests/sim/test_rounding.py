@@ -1,10 +1,9 @@
-"""Products that must be rounded before they are added: in the machine code, as the simulator sees only the PTX before ptxas."""
+"""Products that must be rounded before they are added: in the machine code, as the simulator sees only the PTX."""
 
 import re
 import subprocess
 from collections import Counter
 from pathlib import Path
-
 from typing import Any
 
 import cutlass
