@@ -11,7 +11,7 @@ What a server does:
     ...                  # warm-up: every kernel that serving needs is called, or at least found, once
     compile.freeze()     # from here on a miss is an error and never a pause; NVFP4_NO_JIT=1 is the same from the start
 
-NVFP4_STRICT=1 is read by the overlay, not here: it calls `freeze` at the end of warm-up where that is set.
+NVFP4_STRICT=1 freezes too once a set is in use: a strict server runs what was built ahead, and nothing else.
 
 The compiler is imported when something is compiled, not before: a process that only loads never imports it from here.
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cutedsl.aot import KernelSet
 
 NO_JIT = "NVFP4_NO_JIT"
+STRICT = "NVFP4_STRICT"
 DSL_PACKAGE = "nvidia-cutlass-dsl"
 _ROOT = Path(__file__).resolve().parents[1]
 # What this module adds to machine code is in Key.options.
@@ -172,7 +173,7 @@ def freeze(frozen: bool = True) -> None:
 
 
 def frozen() -> bool:
-    """Whether a miss is an error: after `freeze`, or with NVFP4_NO_JIT=1 in the environment.
+    """Whether a miss is an error: after `freeze`, with NVFP4_NO_JIT=1, or with NVFP4_STRICT=1 and a set in use.
 
     Raises:
         ValueError: NVFP4_NO_JIT is neither 0 nor 1; a misspelled switch must not pass for off.
@@ -180,7 +181,7 @@ def frozen() -> bool:
     value = os.environ.get(NO_JIT, "0").strip()
     if value not in ("0", "1"):
         raise ValueError(f"{NO_JIT}={value!r}: expected 0 or 1 (1: never compile a kernel); set it to one, or unset it")
-    return _frozen or value == "1"
+    return _frozen or value == "1" or (bool(_sets) and os.environ.get(STRICT, "0").strip() == "1")
 
 
 def counters() -> Counters:
@@ -342,7 +343,7 @@ def _compile(call: _Call, arguments: Callable[[], Sequence[Any]]) -> Callable[..
 
 def _refusal(call: _Call) -> str:
     kernel, config, arch, line_info = call
-    why = "the cache is frozen" if _frozen else f"{NO_JIT}=1"
+    why = "the cache is frozen" if _frozen else f"{NO_JIT}=1" if os.environ.get(NO_JIT) == "1" else f"{STRICT}=1"
     where = ", ".join(str(kernels.directory) for kernels in _sets) or "none"
     advice = (
         f"build it ahead (python -m cutedsl.aot build --model CONFIG --arch {arch} --tp SIZES --out DIR) and use DIR, or "

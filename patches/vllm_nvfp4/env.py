@@ -24,7 +24,9 @@ ALLOW_VLLM = Variable(
 )
 DUMP_DIR = Variable("NVFP4_DUMP_DIR", "", "test aid: every op's inputs and output are saved here (slow, eager only)")
 
-VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR)
+NO_JIT = Variable("NVFP4_NO_JIT", "0", "1: never compile a kernel; one that is not loaded from a set is an error")
+
+VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT)
 
 
 def text(variable: Variable) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,15 @@ def test_the_environment_freezes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compiler.NO_JIT, "yes")
     with pytest.raises(ValueError, match="NVFP4_NO_JIT='yes': expected 0 or 1"):
         compiler.frozen()
+
+
+def test_strict_mode_compiles_nothing_beside_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiler.STRICT, "1")
+    assert not compiler.frozen()
+    monkeypatch.setattr(compiler, "_sets", [SimpleNamespace(directory="a-set", find=lambda *_: None)])
+    assert compiler.frozen()
+    with pytest.raises(compiler.CompilationRefusedError, match=r"NVFP4_STRICT=1"):
+        compiler._compile((finalize_sm100.FinalizeSm100, Config(7), "sm_100a", False), lambda: ())
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
