@@ -371,9 +371,9 @@ def variants(asked: Deployment) -> list[Variant]:
 
 
 def group_tokens(experts: Experts, tokens: int) -> int:
-    """Tokens of the largest group as the host guesses them: twice the mean, at most all, as `cutedsl.runners.sm100` does."""
+    """Tokens of a large group as the host guesses them: 4/3 of the mean, at most all, as `cutedsl.runners.sm100` does."""
     total = round(experts.num_experts / experts.share)
-    return min(tokens, 2 * math.ceil(tokens * experts.top_k / total))
+    return min(tokens, -(-4 * math.ceil(tokens * experts.top_k / total) // 3))
 
 
 def _linear(module: Any, asked: Deployment) -> Iterator[Hashable]:

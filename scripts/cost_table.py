@@ -30,12 +30,14 @@ ROUTINGS = ("balanced", "random")
 SEED = 0
 # Waste that counts as none.
 LIMIT = 1.1
+_WITH = f"{round(100 * (LIMIT - 1))} % with"
 
 
 class Choice(NamedTuple):
-    """A configuration, as far as it matters here, and its cost."""
+    """A configuration, as far as it matters here, the weight rows of its tile, and its cost."""
 
     name: str
+    tile_w: int
     cost: Cost
 
 
@@ -100,18 +102,19 @@ class Operator:
 
     def linear(self, tokens: int, tile_n: int) -> Choice:
         """`linear_sm100` with that tile."""
-        return Choice(f"128 x {tile_n}", cost.linear(tokens, self.n, self.k, tile_n))
+        return Choice(f"128 x {tile_n}", tile_n, cost.linear(tokens, self.n, self.k, tile_n))
 
     def swapped(self, tokens: int, tile_n: int) -> Choice:
         """`grouped_gemm_swap_sm100` with that tile."""
         counts, rows = self.counts(tokens), self.num_rows(tokens)
-        return Choice(f"swap, {tile_n}", cost.swapped(counts, self.n, self.k, self.epilogue, tile_n, rows))
+        found = cost.swapped(counts, self.n, self.k, self.epilogue, tile_n, rows)
+        return Choice(f"swap, {tile_n}", cost.TILE_M, found)
 
     def grouped(self, tokens: int, tile_n: int, cta_group: int) -> Choice:
         """`grouped_gemm_sm100` with that tile."""
         counts, rows = self.counts(tokens), self.num_rows(tokens)
         found = cost.grouped(counts, self.n, self.k, self.epilogue, tile_n, cta_group, rows)
-        return Choice(f"{128 * cta_group} x {tile_n}", found)
+        return Choice(f"{128 * cta_group} x {tile_n}", tile_n, found)
 
 
 # Of both models.
@@ -119,8 +122,8 @@ _TOP_K = 6
 
 
 def guess(tokens: int, top_k: int, num_experts: int) -> int:
-    """Rows of the largest group as the MoE runner guesses them: twice the mean of all ranks' experts."""
-    return min(tokens, 2 * -(-tokens * top_k // num_experts))
+    """Rows of a large group as the MoE runner guesses them: 4/3 of the mean of all ranks' experts."""
+    return min(tokens, -(-4 * -(-tokens * top_k // num_experts) // 3))
 
 
 @cache
@@ -186,26 +189,30 @@ def _all(tokens: int) -> int:
 _INTRODUCTION = """\
 # What the Blackwell GEMMs move and multiply
 
-Counted from shapes, for DeepSeek-V4 Pro and Flash on one of {tp} ranks: experts cut (TP{tp}), or dealt out whole (EP{tp}; the rest
-as in TP{tp}). No times, and nothing here is verified on hardware. Written by `scripts/cost_table.py`; `tests/sim/test_cost.py`
-holds the numbers to what the simulator counts on small shapes, byte for byte, and this file to the code.
+Counted from shapes, for DeepSeek-V4 Pro and Flash on one of {tp} ranks: experts cut (TP{tp}), or dealt out whole (EP{tp}; the
+rest as in TP{tp}). No times, and nothing here is verified on hardware. Written by `scripts/cost_table.py`;
+`tests/sim/test_cost.py` holds the numbers to what the simulator counts on small shapes, byte for byte, and this file to the
+code.
 
 - **requested**: bytes of all TMA boxes (parts outside of a tensor, which TMA fills with zeros, counted) and stores, as often
   as they are moved between L2 and the SMs.
 - **unique**: different bytes of global memory among them; device memory moves no less, and no more if re-reads hit L2.
 - **minimum**: codes, scales and results of real rows once, and weights of experts that have rows. Rows of a routed GEMM are
   choices: a token that six experts take is six rows.
-- **FLOPs**: those of executed MMAs to those of real rows. **order**: `swap` has weights on the MMA's M and so many tokens of a
-  tile on N; otherwise rows x weight rows of a tile, 256 rows being a pair of CTAs.
-- **{limit_percent} % with**: where padding (unique / minimum or FLOPs) is above {limit:.2f}: the existing configuration with the fewest
+- **FLOPs**: those of executed MMAs to those of real rows. **order**: `swap` has weights on the MMA's M and so many tokens of
+  a tile on N; otherwise rows x weight rows of a tile, 256 rows being a pair of CTAs.
+- **{with_limit}**: where padding (unique / minimum or FLOPs) is above {limit:.2f}: the existing configuration with the fewest
   requested bytes that stays below, with its requested / unique; or that there is none.
 
 alpha, scales of second quantizers and tables of tiles are in no column. A linear whose shards have different `input_scale` is
 several launches; here it is one. balanced: choices in turn to all experts; random: six different experts of equal chance
 for each token, seed {seed}. Rank 0.
 
-Order: swapped as long as the host's guess of the largest group is at most {swap} tokens. Of a linear the guess is M, so that
-{swap_next} .. 127 tokens are not swapped. Of routed experts it is twice the mean, so that they are swapped up to {moe} tokens.
+Order: swapped as long as the host's guess of a large group is at most {swap} tokens. Of a linear the guess is M. Of routed
+experts it is 4/3 of the mean, so that they are swapped up to {moe} tokens.
+
+Re-reads stay far above 10 % wherever a matrix has many tiles in the other direction: a tile of 128 x 256 loads, for each
+step of K, the codes of 128 + 256 rows. They are L2's to serve and no padding.
 """
 
 
@@ -218,10 +225,9 @@ def document() -> str:
         _INTRODUCTION.format(
             tp=TP,
             limit=LIMIT,
-            limit_percent=round(100 * (LIMIT - 1)),
+            with_limit=_WITH,
             seed=SEED,
             swap=SWAP_TOKENS,
-            swap_next=SWAP_TOKENS + 1,
             moe=" and ".join(limits),
         ),
         _totals(),
@@ -271,41 +277,59 @@ def _totals() -> str:
 
 
 def _verdict() -> str:
-    """Which operators keep the target for many tokens."""
+    """Which operators keep the target for many tokens, and what keeps the others from it."""
     lines = [
-        f"## Padding at M >= 512\n\nThe target is below {LIMIT:.2f}. Number of cases (operator, layout, routing, M), and those above"
-        " it.\nA group of r rows takes at least r up to a multiple of the tile's rows (128, or swapped 8 .. 64), whatever the"
-        " total is.\n",
-        "| M | cases | unique / minimum | FLOPs | above, with mean rows of a group |",
-        "| ---: | ---: | ---: | ---: | --- |",
+        f"## Padding at M >= 512\n\nThe target is below {LIMIT:.2f}. All operators, dense ones once:\n",
+        "| M | operators | unique / minimum within | FLOPs within |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    high = [
+        "\nThose above it. FLOPs are the product of three paddings: of rows, to tiles (a group of r rows takes at least r up",
+        "to a multiple of 128, or swapped of the tile's tokens); of n, to weight rows of a tile; and of k, to steps of "
+        f"{cost.TILE_K}.\n",
+        f"| model | operator | routing | M | mean rows | order | unique / minimum | FLOPs | rows | n | k | {_WITH} |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for m in (m for m in TOKENS if m >= 512):
-        cases: list[tuple[str, Choice]] = []
-        for name, rank in _ranks():
-            for operator in everything(rank, ROUTINGS[0]) if not rank.ep else ():
-                if not operator.routed:
-                    cases.append((f"{name} {operator.name}", operator.chosen(m)))
-            for routing in ROUTINGS:
-                for operator in _routed(rank, routing):
-                    rows = operator.counts(m)
-                    label = f"{name} {operator.name}, {routing} ({sum(rows) / len(rows):.0f})"
-                    cases.append((label.removeprefix("deepseek-"), operator.chosen(m)))
-        high_bytes = [label for label, (_, found) in cases if found.unique > LIMIT * found.minimum]
-        high_flops = [label for label, (_, found) in cases if found.flops > LIMIT * found.min_flops]
-        both = "; ".join(dict.fromkeys((*high_bytes, *high_flops)))
-        within = [f"{len(cases) - len(high)} within" for high in (high_bytes, high_flops)]
-        lines.append(f"| {m} | {len(cases)} | {within[0]} | {within[1]} | {both or '-'} |")
-    return "\n".join(lines) + "\n"
+        cases = list(_cases())
+        chosen = [operator.chosen(m) for _, _, operator in cases]
+        of_bytes = sum(found.unique <= LIMIT * found.minimum for *_, found in chosen)
+        of_flops = sum(found.flops <= LIMIT * found.min_flops for *_, found in chosen)
+        lines.append(f"| {m} | {len(cases)} | {of_bytes} | {of_flops} |")
+        for (model, routing, operator), (name, tile_w, found) in zip(cases, chosen, strict=True):
+            if _within(found):
+                continue
+            counts = operator.counts(m)
+            flops = found.flops / found.min_flops
+            of_n, of_k = (
+                -(-size // unit) * unit / size for size, unit in ((operator.n, tile_w), (operator.k, cost.TILE_K))
+            )
+            high.append(
+                f"| {model} | {operator.name} | {routing} | {m} | {sum(counts) / len(counts):.0f} | {name} "
+                f"| {found.unique / found.minimum:.3f} | {flops:.2f} | {flops / of_n / of_k:.2f} | {of_n:.2f} | {of_k:.2f} "
+                f"| {_better(operator, m)} |"
+            )
+    return "\n".join((*lines, *high)) + "\n"
+
+
+def _cases() -> Iterator[tuple[str, str, Operator]]:
+    """Yields model, routing and operator; what routing or EP does not change comes once."""
+    for name, rank in _ranks():
+        for operator in () if rank.ep else _dense(rank):
+            yield name, "-", operator
+        for routing in ROUTINGS:
+            for operator in _routed(rank, routing):
+                yield name, routing, operator
 
 
 def _table(operators: Sequence[Operator]) -> str:
     lines = [
-        f"| operator | n | k | M | order | requested / unique | unique / minimum | FLOPs | {round(100 * (LIMIT - 1))} % with |",
+        f"| operator | n | k | M | order | requested / unique | unique / minimum | FLOPs | {_WITH} |",
         "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- |",
     ]
     for operator in operators:
         for m in TOKENS:
-            name, found = operator.chosen(m)
+            name, _, found = operator.chosen(m)
             start = f"| {operator.name} | {operator.n} | {operator.k} | {m} | {name} |"
             lines.append(f"{start} {_ratios(found)} | {_better(operator, m)} |")
     return "\n".join(lines) + "\n"
@@ -314,9 +338,7 @@ def _table(operators: Sequence[Operator]) -> str:
 def _ratios(found: Cost) -> str:
     if not found.minimum:
         return "- | - | -"
-    return (
-        f"{found.requested / found.unique:.2f} | {found.unique / found.minimum:.3f} | {found.flops / found.min_flops:.2f}"
-    )
+    return f"{found.requested / found.unique:.2f} | {found.unique / found.minimum:.3f} | {found.flops / found.min_flops:.2f}"
 
 
 def _within(found: Cost) -> bool:
@@ -330,7 +352,7 @@ def _better(operator: Operator, tokens: int) -> str:
     good = [choice for choice in operator.others(tokens) if _within(choice.cost)]
     if not good:
         return "none"
-    name, found = min(good, key=lambda choice: choice.cost.requested)
+    name, _, found = min(good, key=lambda choice: choice.cost.requested)
     return f"{name} ({found.requested / found.unique:.2f})"
 
 

@@ -42,8 +42,9 @@ from cutedsl.layout import TILE_ROWS, padded_shape
 from cutedsl.prepare import Operand
 from cutedsl.reference.linear import PackedMatrix
 
-# Up to this many tokens (of a group, as far as the host can tell) operands are swapped: a tile of the other GEMM has 128.
-SWAP_TOKENS = max(grouped_gemm_swap_sm100.TILES_N)
+# Up to this many tokens (of a group, as far as the host can tell) operands are swapped: a tile of the other GEMM has 128, and
+# would be padding in part. docs/cost.md counts both ways.
+SWAP_TOKENS = TILE_ROWS - 1
 # The kernels are compiled for sm_100a, which runs on nothing else.
 CAPABILITY = (10, 0)
 
@@ -366,9 +367,9 @@ class MoeChain:
         return route
 
     def _tokens(self, num_tokens: int, top_k: int) -> int:
-        """A guess of the largest group: twice the mean, at most all tokens."""
+        """A guess of a large group: 4/3 of the mean, at most all tokens; a wider tile would be padding for most groups."""
         mean = -(-num_tokens * top_k // self.num_global_experts)
-        return min(num_tokens, 2 * mean)
+        return min(num_tokens, -(-4 * mean // 3))
 
     def _compact(self, name: str, table: torch.Tensor) -> torch.Tensor:
         """A (T, top_k) table as kernels take it; rows of one may be strided for the op."""

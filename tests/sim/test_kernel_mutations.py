@@ -5,6 +5,7 @@ The linear has a longer list of its own, test_seeded_bugs.py. Run as a program i
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import test_route_sm100 as route_test
 import torch
 from mutations import Kernel, Mutation, Table, ptx, run_mutant, source
 from quantize_kit import random_rows, special_rows
-from seeding import POLICIES, WRONG, change_all, drop, drop_all
+from seeding import POLICIES, WRONG, Edit, Text, change_all, drop, drop_all
 
 from ptxsim import findings
 
@@ -62,8 +63,12 @@ ROWS = [
         "            else:\n                mSF[row, block] = quantize_block.zero_scale()\n",
         "",
     ),
-    source("groups start at rows that are not padded", WRONG, "group * cute.round_up(num_items, TILE_ROWS)", "group * num_items"),
-    source("largest of signed values", WRONG, "absf(values[i])", "absf(values[0])", where="quantize_block"),
+    source(
+        "groups start at rows that are not padded",
+        WRONG,
+        "group * cute.round_up(num_items, TILE_ROWS)",
+        "group * num_items",
+    ),
     source("-0.0 keeps its sign", WRONG, " / divisor + cutlass.Float32(0.0)", " / divisor", where="quantize_block"),
     source(
         "rows of a scale tile not interleaved",
@@ -76,16 +81,8 @@ ROWS = [
 SLOTS = [
     source("tensor scale of another expert", WRONG, "mTensorScale[mTileExpert[row // TILE_ROWS]]", "mTensorScale[0]"),
     source("one slot too many", "out-of-bounds", "num_items = mNumSlots[0]", "num_items = mNumSlots[0] + 1"),
-    source("rows not gathered", WRONG, "token, row = mSlotToken[item]", "token, row = item // 6"),
 ]
 EDGES = [
-    source(
-        "product with a reciprocal for the scale",
-        WRONG,
-        "amax / (NVFP4.code_max * tensor_scale)",
-        "amax * (1.0 / (NVFP4.code_max * tensor_scale))",
-        where="quantize_block",
-    ),
     source(
         "product with a reciprocal for the codes",
         WRONG,
@@ -107,10 +104,8 @@ rope = Kernel("inverse RoPE, quantize", "inverse_rope_quantize_sm100", rope_test
 ROPE = [
     source("rotated forth, not back", WRONG, "rounded_product(a, -sin[i])", "rounded_product(a, sin[i])"),
     source("first rotated block left out", WRONG, "if head_block >= self", "if head_block > self"),
-    source("cosines for sines", WRONG, "(num_cosines + block,)", "(block,)"),
     source("place in the batch for the position", WRONG, "mCosSin[mPositions[token], None]", "mCosSin[token, None]"),
     source("no rounding to BF16 between", WRONG, ".to(cutlass.BFloat16).to(cutlass.Float32))", ")"),
-    source("every group reads the first heads", WRONG, "first_block = group * blocks.divisor", "first_block = 0"),
 ]
 
 # ---- route ----------------------------------------------------------------------------------------------------------
@@ -129,13 +124,22 @@ route = Kernel("route", "route_sm100", route_test, "route_sm100", run_route)
 route_cluster = Kernel("route, 2 CTAs", "route_sm100", route_test, "route_sm100", run_route_cluster)
 
 ROUTE = [
-    source("order of 32 choices reversed", WRONG, "lower = same & cute.arch.lanemask_lt()", "lower = same & cute.arch.lanemask_gt()"),
+    source(
+        "order of 32 choices reversed",
+        WRONG,
+        "lower = same & cute.arch.lanemask_lt()",
+        "lower = same & cute.arch.lanemask_gt()",
+    ),
     source("-1 is expert 0", WRONG, "cutlass.Int32(expert), num_experts)", "cutlass.Int32(expert), cutlass.Int32(0))"),
-    source("no barrier behind the counts", "race", "place)\n        cute.arch.sync_threads()\n        before", "place)\n        before"),
-    source("choice behind the last gets a slot", "out-of-bounds", "if choice < num_choices:", "if choice <= num_choices:"),
-    source("part of a tile is no tile", WRONG, "tiles = cute.ceil_div(total, TILE_ROWS)", "tiles = total // TILE_ROWS"),
-    source("expert of the tile before", WRONG, "smem.sTile[expert + bit] <= tile", "smem.sTile[expert + bit] < tile"),
-    source("a warp counted twice in the scan", WRONG, "if warp < place.warp:", "if warp <= place.warp:"),
+    source(
+        "no barrier behind the counts",
+        "race",
+        "place)\n        cute.arch.sync_threads()\n        before",
+        "place)\n        before",
+    ),
+    source(
+        "choice behind the last gets a slot", "out-of-bounds", "if choice < num_choices:", "if choice <= num_choices:"
+    ),
 ]
 ROUTE_CLUSTER = [
     source(
@@ -150,10 +154,42 @@ ROUTE_CLUSTER = [
         "outlive the CTAs that read it.\n            cute.arch.cluster_wait()",
         "outlive the CTAs that read it.\n            pass",
     ),
-    source("an expert of another rank is expert 0", WRONG, "local, cutlass.Int32(-1))", "cutlass.max(local, 0), cutlass.Int32(-1))"),
 ]
 
 # ---- grouped GEMM ---------------------------------------------------------------------------------------------------
+
+LOADS = r"cp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global"
+LOAD_A, LOAD_B, LOAD_SFA, LOAD_SFB = range(4)
+
+
+def coordinate(load: int, at: int, other: str) -> Edit:
+    """A load's coordinate `at`, the fastest first, is OTHER, which an instruction makes from it."""
+
+    def edit(t: Text) -> None:
+        line = t.one(LOADS, load, 4)
+        [inside] = re.findall(r"\{([^}]*)\}", t.lines[line])
+        parts = [part.strip() for part in inside.split(",")]
+        made = other.format(parts[at])
+        parts[at] = "OTHER"
+        copy = t.lines[line].strip().replace(inside, ", ".join(parts))
+        t.lines[line] = f"{{ .reg .b32 OTHER; {made} {copy} }}"
+
+    return edit
+
+
+def barrier_of_a_cta(at: int) -> Edit:
+    """A barrier of the cluster is one of each CTA."""
+
+    def edit(t: Text) -> None:
+        t.drop(t.one(r"barrier\.cluster\.wait", at, 2))
+        t.change(t.one(r"barrier\.cluster\.arrive", at, 2), r"barrier\.cluster\.arrive", "bar.sync 0")
+
+    return edit
+
+
+def frees_too_early(t: Text) -> None:
+    """The accumulator's barrier expects one CTA's threads."""
+    t.change(t.one(r"mbarrier\.init", 5, 6), r"%r\d+;", "128;")
 
 
 def run_gemm(epilogue: str, tile_n: int, group: int, counts: tuple[int, ...], n: int, k: int):
@@ -178,58 +214,84 @@ gemm_quantized = gemm_kernel("swiglu_nvfp4", "swiglu_nvfp4", 64, 1, (7, 3), 192,
 gemm_quantized_pair = gemm_kernel("swiglu_nvfp4, 2 CTAs", "swiglu_nvfp4", 128, 2, (1, 130), 192, 256)
 
 GEMM = [
-    source("B of another expert", WRONG, "tBgB[None, n_tile, k_tile, expert]", "tBgB[None, n_tile, k_tile, 0]"),
-    source("B's scales of another expert", WRONG, "tBgSFB[None, k_tile, sf_tile, expert]", "tBgSFB[None, k_tile, sf_tile, 0]"),
+    ptx("B of another expert", WRONG, coordinate(LOAD_B, 2, "mov.b32 OTHER, 0;")),
+    ptx("B's scales of another expert", WRONG, coordinate(LOAD_SFB, 3, "mov.b32 OTHER, 0;")),
     source("alpha of another expert", WRONG, "scaling.mAlpha[expert, n // (", "scaling.mAlpha[0, n // ("),
-    source("A's scales of another block of K", WRONG, "tAgSFA[None, k_tile, row_tile]", "tAgSFA[None, 0, row_tile]"),
-    source("B's scales of another stage", "race | in-flight-access", "tCsSFB[None, None, None, None, stage.index]", "tCsSFB[None, None, None, None, 0]"),
+    ptx("A's scales of another block of K", WRONG, coordinate(LOAD_SFA, 1, "mov.b32 OTHER, 0;")),
+    ptx("scales of the next stage", "race | in-flight-access | uninitialised-read", ptx_edits.scales_of_the_next_stage),
     source("alpha read beyond n", "out-of-bounds", "if n < scaling.n:", "if n <= scaling.n:"),
-    source("last group left out", "output-not-written", "cute.size(mPaddedOffset) - 1]", "cute.size(mPaddedOffset) - 2]"),
-    source("tiles behind the last group too", "out-of-bounds", "end=cute.ceil_div(num_row_tiles", "end=cute.ceil_div(num_row_tiles + 1"),
-    source("accumulator given back before it is read", "race", "if step == num_steps - 1:", "if step == 0:", policies="eager random"),
-    source("a store's columns of another tile", "output-not-written", "column = n_tile * (num_steps", "column = 0 * (num_steps"),
+    source(
+        "last group left out", "output-not-written", "cute.size(mPaddedOffset) - 1]", "cute.size(mPaddedOffset) - 2]"
+    ),
+    source("accumulator given back before it is read", "race", "if step == num_steps - 1:", "if step == 0:"),
     ptx("load never waits for an empty stage", "race | barrier-overarrival", ptx_edits.load_never_waits),
-    ptx("MMA never waits for A and B", "race | in-flight-access | uninitialised-read", ptx_edits.mma_never_waits_for_data),
+    ptx(
+        "MMA never waits for A and B",
+        "race | in-flight-access | uninitialised-read",
+        ptx_edits.mma_never_waits_for_data,
+    ),
     ptx("MMA never waits for a free accumulator", "race", ptx_edits.mma_never_waits_for_accumulator),
     ptx("epilogue never waits for the accumulator", "race | uninitialised-read", ptx_edits.epilogue_never_waits),
     ptx("stage is never given back", "deadlock", drop(ptx_edits.COMMIT, 0, 2)),
     ptx("expect_tx of 128 bytes too few", "deadlock | leftover-transactions", ptx_edits.expect(-128)),
     ptx("no fence before the TMA store", "missing-proxy-fence", drop_all(ptx_edits.FENCE_ASYNC, 1)),
     ptx("no wait before D is overwritten", "race", drop(ptx_edits.WAIT_READ, 0, 2)),
-    ptx("no barrier before the TMA store", "race", ptx_edits.no_barrier_before_store),
+    ptx("no barrier before the TMA store", "race", drop(ptx_edits.EPILOGUE_BARRIER, 1, 2)),
     ptx("accumulator's barrier expects 129 arrivals", "deadlock", ptx_edits.init_count(ptx_edits.acc_empty, 129)),
     ptx("sums rounded towards zero", WRONG, change_all(r"cvt\.rn\.bf16x2", 32, r"\.rn\.", ".rz.")),
 ]
 GEMM_PAIR = [
-    source("A's scales of the pair's other tile", WRONG, "tAgSFA[None, k_tile, row_tile]", "tAgSFA[None, k_tile, m_tile]"),
+    ptx("A's scales of the pair's other tile", WRONG, coordinate(LOAD_SFA, 2, "xor.b32 OTHER, {}, 1;")),
     source("one pass for two experts", "output-not-written", "passes = cutlass.Int32(2)", "passes = cutlass.Int32(1)"),
-    source("both CTAs store in both passes", WRONG, "is_mine = tiles.mTileExpert[row_tile] == expert", "is_mine = cutlass.Boolean(True)"),
-    source("both CTAs issue MMAs", "race | barrier-overarrival | deadlock | tmem-misuse | barrier-misuse", "if tiles.rank == 0:", "if tiles.rank >= 0:"),
     source(
+        "both CTAs store in both passes",
+        WRONG,
+        "is_mine = tiles.mTileExpert[row_tile] == expert",
+        "is_mine = cutlass.Boolean(True)",
+    ),
+    ptx(
         "setup ends without a cluster barrier",
         "race | barrier-misuse | missing-mbarrier-init-fence | uninitialised-read",
-        "_sync_all()\n        blackwell.after",
-        "epilogue_barrier\n        cute.arch.sync_threads()\n        blackwell.after",
+        barrier_of_a_cta(0),
     ),
-    source("one CTA's epilogue frees the accumulator", "barrier-overarrival | race", "EPILOGUE_THREADS * self.config.cta_group", "EPILOGUE_THREADS"),
-    ptx("expect_tx of one CTA's bytes", "barrier-misuse | race | in-flight-access | leftover-transactions | deadlock", ptx_edits.expect(-128)),
+    ptx("one CTA's epilogue frees the accumulator", "barrier-overarrival | race", frees_too_early),
 ]
+GATE = "gate = cute.arch.fmin(gate, limit, nan=True)"
+UP = "up = cute.arch.fmin(cute.arch.fmax(up, -limit, nan=True), limit, nan=True)"
+SIGMOID = "sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(gate * -LOG2_E, fastmath=True))"
 GEMM_SWIGLU = [
-    source("gate and up exchanged", WRONG, "gate, up = rAcc[at] * factors.alpha_gate, rAcc[at + INTERLEAVE]", "up, gate = rAcc[at] * factors.alpha_gate, rAcc[at + INTERLEAVE]"),
-    source("gate and up alternate by columns", WRONG, "at = i // INTERLEAVE * 2 * INTERLEAVE + i % INTERLEAVE", "at = i"),
-    source("clamp behind SiLU", WRONG, "    return gate * sigmoid * up", "    return cute.arch.fmin(gate * sigmoid, limit, nan=True) * up", where="blackwell"),
-    source("gate is not clamped", WRONG, "gate = cute.arch.fmin(gate, limit, nan=True)", "pass", where="blackwell"),
+    source(
+        "gate and up exchanged",
+        WRONG,
+        "gate, up = rAcc[at] * factors.alpha_gate, rAcc[at + INTERLEAVE]",
+        "up, gate = rAcc[at] * factors.alpha_gate, rAcc[at + INTERLEAVE]",
+    ),
+    source(
+        "clamp behind SiLU",
+        WRONG,
+        f"    {GATE}\n    {UP}\n    {SIGMOID}\n    return gate * sigmoid * up",
+        f"    {UP}\n    {SIGMOID}\n    return cute.arch.fmin(gate * sigmoid, limit, nan=True) * up",
+        where="blackwell",
+    ),
     source("up is not clamped from below", WRONG, "cute.arch.fmax(up, -limit, nan=True)", "up", where="blackwell"),
 ]
 GEMM_QUANTIZED = [
     source("h_scale of another expert", WRONG, "scaling.mHScale[expert]", "scaling.mHScale[0]"),
     source("scales of the scale tile's first half", WRONG, "shift = half * (", "shift = 0 * ("),
-    source("h rounded to BF16 before it is quantized", WRONG, "gate, up, factors.limit)", "gate, up, factors.limit).to(cutlass.BFloat16).to(cutlass.Float32)"),
-    source("scales behind the last block not zeroed", WRONG, "quantize_block.zero_scale()", "scale"),
+    source(
+        "h rounded to BF16 before it is quantized",
+        WRONG,
+        "gate, up, factors.limit)",
+        "gate, up, factors.limit).to(cutlass.BFloat16).to(cutlass.Float32)",
+    ),
 ]
 GEMM_QUANTIZED_PAIR = [
-    source("scales of D from both passes", WRONG, "if is_mine & (block + i < scaling.num_blocks):", "if block + i < scaling.num_blocks:"),
-    source("scales of D of another tile", WRONG, "(n_tile * num_steps + step) * STEP_BLOCKS", "(n_tile + step) * STEP_BLOCKS"),
+    source(
+        "scales of D of another tile",
+        WRONG,
+        "(n_tile * num_steps + step) * STEP_BLOCKS",
+        "(n_tile + step) * STEP_BLOCKS",
+    ),
 ]
 
 # ---- grouped GEMM, operands exchanged -------------------------------------------------------------------------------
@@ -256,24 +318,40 @@ swap = swap_kernel("bf16", "bf16", 8, ((3, 0, 9), 136, 544, 1))
 swap_quantized = swap_kernel("swiglu_nvfp4", "swiglu_nvfp4", 32, ((65, 0, 1), 160, 256, 1))
 
 SWAP = [
-    source("W of another expert", WRONG, "tAgW[None, at.w_tile, k_tile, at.expert]", "tAgW[None, at.w_tile, k_tile, 0]"),
-    source("W's scales of another expert", WRONG, "tAgSFW[None, k_tile, at.w_tile, at.expert]", "tAgSFW[None, k_tile, at.w_tile, 0]"),
-    source("tokens' scales not moved to lane 0", WRONG, "group = row % WARP // SF_GROUP_LANES", "group = 0"),
-    source("sums read without their padding", f"{WRONG} | uninitialised-read", "stride=(1, (BF16_UNIT, GROUP_WORDS), TOKEN_WORDS),", "stride=(1, (BF16_UNIT, WARP), TOKEN_WORDS),"),
-    source("sums of a token overlap the next one's", "race", "((1, GROUP_WORDS), TOKEN_WORDS)", "((1, GROUP_WORDS), TILE_W)"),
-    source("rows of no token stored", WRONG, "if token < cutlass.min(num_tokens, config.tile_n):", "if token < config.tile_n:"),
+    ptx("W of another expert", WRONG, coordinate(LOAD_A, 2, "mov.b32 OTHER, 0;")),
+    ptx("W's scales of another expert", WRONG, coordinate(LOAD_SFA, 3, "mov.b32 OTHER, 0;")),
+    ptx("tokens' scales not moved to lane 0", WRONG, coordinate(LOAD_SFB, 0, "mov.b32 OTHER, 0;")),
+    source(
+        "sums read without their padding",
+        f"{WRONG} | uninitialised-read",
+        "stride=(1, (BF16_UNIT, GROUP_WORDS), TOKEN_WORDS),",
+        "stride=(1, (BF16_UNIT, WARP), TOKEN_WORDS),",
+    ),
+    source(
+        "rows of no token stored",
+        WRONG,
+        "if token < cutlass.min(num_tokens, config.tile_n):",
+        "if token < config.tile_n:",
+    ),
     source("last tile left out", WRONG, "end=sTile[MAX_EXPERTS] * num_w,", "end=sTile[MAX_EXPERTS] * num_w - 1,"),
-    ptx("MMA never waits for W and X", "race | in-flight-access | uninitialised-read", ptx_edits.mma_never_waits_for_data),
+    ptx(
+        "MMA never waits for W and X",
+        "race | in-flight-access | uninitialised-read",
+        ptx_edits.mma_never_waits_for_data,
+    ),
     ptx("epilogue never waits for the accumulator", "race | uninitialised-read", ptx_edits.epilogue_never_waits),
     ptx("sums stored before the last ones are read", "race", drop(ptx_edits.EPILOGUE_BARRIER, 0, 2)),
     ptx("sums read before they are stored", "race | uninitialised-read", drop(ptx_edits.EPILOGUE_BARRIER, 1, 2)),
     ptx("setup ends without a barrier", "race | uninitialised-read | barrier-misuse", ptx_edits.no_initial_barrier),
 ]
 SWAP_QUANTIZED = [
-    source("scales of the first 32 tokens for all", WRONG, "shift = at.first_token % TILE_ROWS // WARP * TILE_COLUMNS", "shift = 0"),
+    source(
+        "scales of the first 32 tokens for all",
+        WRONG,
+        "shift = at.first_token % TILE_ROWS // WARP * TILE_COLUMNS",
+        "shift = 0",
+    ),
     source("alpha of gate rows first, then up rows", WRONG, "w_row // INTERLEAVE % 2", "w_row // (out.n // 2)"),
-    source("gate and up exchanged", WRONG, "swiglu(rSums[i], rSums[INTERLEAVE + i]", "swiglu(rSums[INTERLEAVE + i], rSums[i]"),
-    source("h_scale of another expert", WRONG, "out.mHScale[expert]", "out.mHScale[0]"),
 ]
 
 # ---- finalize -------------------------------------------------------------------------------------------------------
@@ -292,9 +370,18 @@ FINALIZE = [
         "in cutlass.range_constexpr(self.config.top_k):\n            if rows[choice] >= 0:\n                _add",
         "in cutlass.range_constexpr(self.config.top_k - 1, -1, -1):\n            if rows[choice] >= 0:\n                _add",
     ),
-    source("-1 is a row", "out-of-bounds", "if rows[choice] >= 0:\n                cute.autovec", "if rows[choice] >= -1:\n                cute.autovec"),
-    source("a vector behind the last column", "out-of-bounds | race", "vector * VECTOR < mOut.shape[1]", "vector * VECTOR <= mOut.shape[1]"),
-    source("weights of another token", WRONG, "mTopkWeights[token, choice]", "mTopkWeights[0, choice]"),
+    source(
+        "-1 is a row",
+        "out-of-bounds",
+        "if rows[choice] >= 0:\n                cute.autovec",
+        "if rows[choice] >= -1:\n                cute.autovec",
+    ),
+    source(
+        "a vector behind the last column",
+        "out-of-bounds | race",
+        "vector * VECTOR < mOut.shape[1]",
+        "vector * VECTOR <= mOut.shape[1]",
+    ),
     source("products rounded towards zero", WRONG, '"mul.rn.f32', '"mul.rz.f32', where="rounding"),
 ]
 
@@ -314,6 +401,8 @@ MUTANTS: list[tuple[Kernel, list[Mutation]]] = [
     (swap_quantized, SWAP_QUANTIZED),
     (finalize, FINALIZE),
 ]
+# The simulator does not notice: it lets the pair's tcgen05.dealloc wait for the peer, which hardware may do, and need not.
+MISSED = [(gemm_pair, ptx("CTAs end without a cluster barrier", "race | shared-in-use-at-exit", barrier_of_a_cta(1)))]
 KERNELS = [kernel for kernel, _ in MUTANTS]
 CASES = [(kernel, mutation) for kernel, mutations in MUTANTS for mutation in mutations]
 
@@ -348,6 +437,14 @@ def test_fault_is_noticed(kernel: Kernel, mutation: Mutation, table: Table, tmp_
         )
 
 
+@pytest.mark.parametrize(("kernel", "mutation"), MISSED, ids=[mutation.name for _, mutation in MISSED])
+def test_fault_that_is_known_to_be_missed(kernel: Kernel, mutation: Mutation, table: Table, tmp_path: Path) -> None:
+    # Fails when the simulator learns to see it: then it belongs into the list above.
+    outcomes = run_mutant(kernel, mutation, tmp_path)
+    table.add(kernel.name, mutation.name, outcomes)
+    assert all(not outcome.codes for outcome in outcomes.values())
+
+
 def test_every_fault_names_codes_and_policies_that_exist() -> None:
     # A misspelt one would test nothing.
     codes = {value for name, value in vars(findings).items() if name.isupper()} | {WRONG}
@@ -365,6 +462,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         for good, faults in MUTANTS:
             everything.add(good.name, "none", run_mutant(good, None, Path(folder)))
-            for fault in faults:
+            for fault in [*faults, *(missed for owner, missed in MISSED if owner is good)]:
                 everything.add(good.name, fault.name, run_mutant(good, fault, Path(folder)))
     print(everything)
