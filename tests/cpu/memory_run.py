@@ -44,8 +44,11 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     from vllm import LLM
+    from vllm.utils.import_utils import has_cutedsl
     from vllm_nvfp4.model_loader import Nvfp4ModelLoader
 
+    # vLLM's attention asks this while layers are made, which imports CuTe DSL: 40 MB of modules that no loader holds.
+    has_cutedsl()
     found: dict[str, int] = {}
     load = Nvfp4ModelLoader.load_model
 
