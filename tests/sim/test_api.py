@@ -167,6 +167,12 @@ def python(*args, cwd=None):
     return subprocess.run([sys.executable, "-m", "ptxsim", *args], capture_output=True, text=True, cwd=cwd, check=False)
 
 
+def test_the_core_needs_neither_torch_nor_cutlass():
+    script = "import sys, ptxsim, ptxsim.api, ptxsim.host.capture; print(sorted({'torch', 'cutlass', 'cutedsl'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_inventory_command(tmp_path: Path):
     good, bad = tmp_path / "good.ptx", tmp_path / "bad.ptx"
     good.write_text(COPY)
