@@ -168,7 +168,8 @@ def python(*args, cwd=None):
 
 
 def test_the_core_needs_neither_torch_nor_cutlass():
-    script = "import sys, ptxsim, ptxsim.api, ptxsim.host.capture; print(sorted({'torch', 'cutlass', 'cutedsl'} & set(sys.modules)))"
+    imports = "import sys, ptxsim, ptxsim.api, ptxsim.host.capture"
+    script = f"{imports}; print(sorted({{'torch', 'cutlass', 'cutedsl'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
