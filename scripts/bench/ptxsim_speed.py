@@ -50,6 +50,14 @@ def fused() -> Callable[[], ptxsim.Report]:
     return lambda: ptxsim.run(call.compiled, *call.args, outputs=call.outputs, memory=call.memory)
 
 
+def _cpu() -> str:
+    """The processor's name, where Linux says it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 def main() -> None:
     """Runs the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -77,7 +85,7 @@ def main() -> None:
                     "seconds_per_cta": round(statistics.median(seconds) / ctas, 3),
                     "ctas": ctas,
                     "instructions": reports[name].counters["instructions"],
-                    "cpu": platform.processor() or platform.machine(),
+                    "cpu": _cpu(),
                     "python": platform.python_version(),
                     "commit": commit,
                     "command": "python scripts/bench/ptxsim_speed.py",
