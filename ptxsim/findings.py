@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ptxsim.trace import Trace
@@ -116,6 +116,3 @@ class FindingsError(AssertionError):
         if len(report.findings) > 20:
             lines.append(f"... and {len(report.findings) - 20} more")
         super().__init__("\n".join([f"{len(report.findings)} finding(s)", *lines]))
-
-
-Counters = dict[str, Any]

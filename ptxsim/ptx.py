@@ -4,6 +4,7 @@ Only the syntax that compilers emit for kernels: entries, module variables, regi
 names such as `P1` and `DONE`), vectors, `%r|%p` pairs, `_` sinks, tensor addresses. What an opcode means is not known here.
 """
 
+import bisect
 import re
 import struct
 from dataclasses import dataclass, field
@@ -248,8 +249,6 @@ class _Text:
         self._starts = [0, *(match.end() for match in re.finditer("\n", self.text))]
 
     def line(self, offset: int) -> int:
-        import bisect
-
         return bisect.bisect_right(self._starts, offset)
 
 
@@ -262,9 +261,6 @@ class _Body:
         self.scopes: list[dict[str, Any]] = [{}]
         self.labels: list[dict[str, str]] = [{}]
         self.source: tuple[int, int] | None = None
-        self.pending: list[
-            tuple[str, int, tuple[dict[str, Any], ...], tuple[dict[str, str], ...], tuple[int, int] | None]
-        ] = []
 
     def declare(self, type_name: str, names: str, lanes: int = 0) -> None:
         width = type_bits(type_name)

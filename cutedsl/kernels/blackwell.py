@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass
+import torch
 from cutlass import cute
 from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
@@ -63,11 +64,26 @@ def tmem_sf_columns(rows: int, k: int) -> int:
     return rows // WARP * (k // SF_TILE_K)
 
 
+def num_sms(device: torch.device) -> int:
+    """Returns the SMs of a GPU; those of the full part for tensors that are on none."""
+    if device.type != "cuda":
+        return ARCHS["sm_100a"].num_sms
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def packed_codes(packed: cute.Tensor, rows: Any, k: Any) -> cute.Tensor:
     """Returns (rows, k) FP4 of (rows, k/2) bytes in global memory."""
     pointer = cute.recast_ptr(packed.iterator, dtype=cutlass.Float4E2M1FN)
     k = cute.assume(k, TMA_BYTES * NVFP4.codes_per_byte)
     return cute.make_tensor(pointer, cute.make_layout((rows, k), stride=(k, 1)))
+
+
+def expert_codes(packed: cute.Tensor) -> cute.Tensor:
+    """Returns (n, k, experts) FP4 of (experts, n, k/2) bytes in global memory."""
+    num_experts, n, k_bytes = packed.shape
+    k = cute.assume(k_bytes * NVFP4.codes_per_byte, TMA_BYTES * NVFP4.codes_per_byte)
+    layout = cute.make_layout((n, k, num_experts), stride=(k, 1, cutlass.Int64(n) * k))
+    return cute.make_tensor(cute.recast_ptr(packed.iterator, dtype=cutlass.Float4E2M1FN), layout)
 
 
 def global_sf_tiles(scales: cute.Tensor, rows: Any, k: Any) -> cute.Tensor:
@@ -76,6 +92,15 @@ def global_sf_tiles(scales: cute.Tensor, rows: Any, k: Any) -> cute.Tensor:
     stride = (1, _SF_TILE_ELEMENTS, tiles_k * _SF_TILE_ELEMENTS)
     layout = cute.make_layout((_SF_TILE_ELEMENTS, tiles_k, tiles_rows), stride=stride)
     return cute.make_tensor(cute.recast_ptr(scales.iterator, dtype=cutlass.Int16), layout)
+
+
+def expert_sf_tiles(scales: cute.Tensor, n: Any, k: Any) -> cute.Tensor:
+    """Returns (element of a scale tile, tiles along k, tiles along n, experts) of each expert's swizzled scales."""
+    tiles = global_sf_tiles(scales, n, k)
+    elements, tiles_k, tiles_n = tiles.shape
+    stride = cutlass.Int64(elements * tiles_k) * tiles_n
+    layout = cute.make_layout((*tiles.shape, scales.shape[0]), stride=(*tiles.stride, stride))
+    return cute.make_tensor(tiles.iterator, layout)
 
 
 def sf_box(rows: int, k: int) -> tuple[int, int, int]:

@@ -340,9 +340,9 @@ class GroupedGemmSm100:
         num_rows, k = mA_packed.shape[0], mA_packed.shape[1] * NVFP4.codes_per_byte
         n = mB_packed.shape[1]
         mA = blackwell.packed_codes(mA_packed, num_rows, k)
-        mB = self._expert_codes(mB_packed)
+        mB = blackwell.expert_codes(mB_packed)
         mSFA = blackwell.global_sf_tiles(mSFA_bytes, num_rows, k)
-        mSFB = self._expert_sf_tiles(mSFB_bytes, n, k)
+        mSFB = blackwell.expert_sf_tiles(mSFB_bytes, n, k)
         tiled_mma = self._tiled_mma()
         a_stage, b_stage = (cute.select(layout, mode=[0, 1, 2]) for layout in self._ab_smem_layouts(tiled_mma))
         d_stage = cute.select(self._d_smem_layout(), mode=[0, 1])
@@ -666,21 +666,6 @@ class GroupedGemmSm100:
         else:
             cute.arch.sync_threads()
 
-    def _expert_codes(self, packed: cute.Tensor) -> cute.Tensor:
-        """Returns (n, k, experts) FP4 of (experts, n, k/2) bytes."""
-        num_experts, n, k_bytes = packed.shape
-        k = cute.assume(k_bytes * NVFP4.codes_per_byte, K_MULTIPLE)
-        layout = cute.make_layout((n, k, num_experts), stride=(k, 1, cutlass.Int64(n) * k))
-        return cute.make_tensor(cute.recast_ptr(packed.iterator, dtype=cutlass.Float4E2M1FN), layout)
-
-    def _expert_sf_tiles(self, scales: cute.Tensor, n: Any, k: Any) -> cute.Tensor:
-        """Returns (element of a scale tile, tiles along k, tiles along n, experts) of each expert's swizzled scales."""
-        tiles = blackwell.global_sf_tiles(scales, n, k)
-        elements, tiles_k, tiles_n = tiles.shape
-        stride = cutlass.Int64(elements * tiles_k) * tiles_n
-        layout = cute.make_layout((*tiles.shape, scales.shape[0]), stride=(*tiles.stride, stride))
-        return cute.make_tensor(tiles.iterator, layout)
-
     def _tiled_mma(self) -> cute.TiledMma:
         shape = (self.mma_tiler[0], self.config.tile_n, MMA_K)
         op = tcgen05.MmaMXF4NVF4Op(cutlass.Float8E4M3FN, shape, self.cta_group, tcgen05.OperandSource.SMEM)
@@ -836,7 +821,7 @@ def grouped_gemm(
         return
     config = choose_config(Shape(mA.shape[0], n, k_bytes * NVFP4.codes_per_byte, num_experts), epilogue)
     if max_active_clusters is None:
-        max_active_clusters = max(1, _num_sms(mA.device) // config.cta_group)
+        max_active_clusters = max(1, blackwell.num_sms(mA.device) // config.cta_group)
     limit = float("inf") if limit is None else limit
     compiled(config)(
         mA, mB, mSFA, mSFB, alpha.view(num_experts, -1), tile_expert, padded_offset, mD, mSFD, h_scale, limit,
@@ -968,10 +953,3 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
         cutlass.Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-
-
-def _num_sms(device: torch.device) -> int:
-    """Returns the SMs of a GPU; those of the full part for tensors that are on none."""
-    if device.type != "cuda":
-        return ARCHS["sm_100a"].num_sms
-    return torch.cuda.get_device_properties(device).multi_processor_count

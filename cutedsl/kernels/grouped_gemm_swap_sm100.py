@@ -312,8 +312,8 @@ class GroupedGemmSwapSm100:
         config = self.config
         num_rows, k = mX_packed.shape[0], mX_packed.shape[1] * NVFP4.codes_per_byte
         n = mW_packed.shape[1]
-        mW, mX = self._expert_codes(mW_packed), blackwell.packed_codes(mX_packed, num_rows, k)
-        mSFW, mSFX = self._expert_sf_tiles(mSFW_bytes, n, k), self._sf_groups(mSFX_bytes, num_rows, k)
+        mW, mX = blackwell.expert_codes(mW_packed), blackwell.packed_codes(mX_packed, num_rows, k)
+        mSFW, mSFX = blackwell.expert_sf_tiles(mSFW_bytes, n, k), self._sf_groups(mSFX_bytes, num_rows, k)
         tiled_mma = self._tiled_mma()
         w_stage, x_stage = (cute.select(layout, mode=[0, 1, 2]) for layout in self._ab_smem_layouts(tiled_mma))
         sfw_box, sfx_box = blackwell.sf_box(TILE_W, TILE_K), self._sfx_box()
@@ -607,21 +607,6 @@ class GroupedGemmSwapSm100:
         layout = cute.make_layout((rows, columns), stride=(cute.assume(cutlass.Int64(columns), BF16_UNIT), 1))
         return cute.make_tensor(mD.iterator, layout), None
 
-    def _expert_codes(self, packed: cute.Tensor) -> cute.Tensor:
-        """Returns (n, k, experts) FP4 of (experts, n, k/2) bytes."""
-        num_experts, n, k_bytes = packed.shape
-        k = cute.assume(k_bytes * NVFP4.codes_per_byte, K_MULTIPLE)
-        layout = cute.make_layout((n, k, num_experts), stride=(k, 1, cutlass.Int64(n) * k))
-        return cute.make_tensor(cute.recast_ptr(packed.iterator, dtype=cutlass.Float4E2M1FN), layout)
-
-    def _expert_sf_tiles(self, scales: cute.Tensor, n: Any, k: Any) -> cute.Tensor:
-        """Returns (element of a scale tile, tiles along k, tiles along n, experts) of each expert's swizzled scales."""
-        tiles = blackwell.global_sf_tiles(scales, n, k)
-        elements, tiles_k, tiles_n = tiles.shape
-        stride = cutlass.Int64(elements * tiles_k) * tiles_n
-        layout = cute.make_layout((*tiles.shape, scales.shape[0]), stride=(*tiles.stride, stride))
-        return cute.make_tensor(tiles.iterator, layout)
-
     def _sf_groups(self, scales: cute.Tensor, rows: Any, k: Any) -> cute.Tensor:
         """Returns (element of 8 lanes, groups of 8 lanes, tiles along k, tiles along rows) of swizzled scales."""
         tiles = blackwell.global_sf_tiles(scales, rows, k)
@@ -778,7 +763,7 @@ def grouped_gemm_swap(
         return
     config = choose_config(Shape(tokens, mW.shape[1], mW.shape[2] * NVFP4.codes_per_byte), epilogue)
     if max_active_clusters is None:
-        max_active_clusters = _num_sms(mX.device)
+        max_active_clusters = blackwell.num_sms(mX.device)
     limit = math.inf if limit is None else limit
     compiled(config)(mX, mW, mSFX, mSFW, alpha, count, padded_offset, mD, mSFD, h_scale, limit, max_active_clusters)
 
@@ -878,13 +863,6 @@ def _check(
             f"grouped_gemm_swap_sm100: {name} starts at {tensor.data_ptr():#x}, expected a multiple of {align} bytes; "
             "a slice of a larger tensor may need a copy"
         )
-
-
-def _num_sms(device: torch.device) -> int:
-    """Returns the SMs of a GPU; those of the full part for tensors that are on none."""
-    if device.type != "cuda":
-        return ARCHS["sm_100a"].num_sms
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compiled(config: Config, line_info: bool | None = None) -> Callable[..., None]:

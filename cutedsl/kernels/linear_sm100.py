@@ -582,7 +582,7 @@ def linear(
         return
     config = choose_config(shape)
     if max_active_clusters is None:
-        max_active_clusters = _num_sms(mA.device)
+        max_active_clusters = blackwell.num_sms(mA.device)
     compiled(config)(mA, mB, mSFA, mSFB, alpha, mD, max_active_clusters)
 
 
@@ -659,10 +659,3 @@ def _stand_ins() -> tuple[Any, ...]:
         cutlass.Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-
-
-def _num_sms(device: torch.device) -> int:
-    """Returns the SMs of a GPU; those of the full part for tensors that are on none."""
-    if device.type != "cuda":
-        return ARCHS["sm_100a"].num_sms
-    return torch.cuda.get_device_properties(device).multi_processor_count

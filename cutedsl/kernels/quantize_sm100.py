@@ -26,7 +26,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from cutedsl import compile as compiler
 from cutedsl.formats import NVFP4
 from cutedsl.kernels import quantize_block
-from cutedsl.kernels.blackwell import ARCHS, TMA_BYTES
+from cutedsl.kernels.blackwell import ARCHS, TMA_BYTES, num_sms
 from cutedsl.layout import TILE_COLUMNS, TILE_ROWS, padded_shape
 from cutedsl.ops import registry
 
@@ -362,9 +362,7 @@ def most_ctas(device: torch.device, max_ctas: int | None) -> int:
     """max_ctas, or if that is None as many as run at a time on the GPU; for no GPU those of the full part."""
     if max_ctas is not None:
         return max_ctas
-    if device.type != "cuda":
-        return ARCHS["sm_100a"].num_sms * CTAS_PER_SM
-    return torch.cuda.get_device_properties(device).multi_processor_count * CTAS_PER_SM
+    return num_sms(device) * CTAS_PER_SM
 
 
 def _stand_ins(config: Config) -> tuple[Any, ...]:
