@@ -1,0 +1,129 @@
+"""What kernels for Hopper share: the machine's limits, the list of tiles, and steps of decoding NVFP4.
+
+The hard part is that decoding a weight must take about two instructions: see `grouped_gemm_sm90` for the layouts that
+allow it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import cute
+
+# A tensor's first byte and the bytes of a row are multiples of this. Source: CUDA driver API, cuTensorMapEncodeTiled.
+TMA_BYTES = 16
+# The 128-byte swizzle repeats after 8 rows; a buffer starts where a period does.
+SWIZZLE_BYTES = 1024
+WARP = 32
+WARPGROUP = 128
+MAX_EXPERTS = 512
+LOG2_E = 1.4426950408889634
+_SCALE_BITS = 0x70007000
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a kernel must know of a GPU.
+
+    Attributes:
+        name: as the compiler spells it.
+        num_sms: a grid of a persistent kernel is never larger.
+        smem_bytes: shared memory that one CTA may have.
+    """
+
+    name: str
+    num_sms: int
+    smem_bytes: int
+
+
+# Source: CUDA C++ Programming Guide, "Compute Capabilities" (227 KiB); NVIDIA's H200 data sheet (132 SMs).
+ARCHS = {"sm_90a": Arch(name="sm_90a", num_sms=132, smem_bytes=227 * 1024)}
+
+
+def num_sms(device: torch.device) -> int:
+    """Returns the SMs of a GPU; those of an H200 for tensors that are on none."""
+    if device.type != "cuda":
+        return ARCHS["sm_90a"].num_sms
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def mul_bf16x2(a: Any, b: Any) -> Any:
+    """a * b of two pairs of BF16, each rounded to nearest even, subnormal arguments taken as they are.
+
+    Args:
+        a, b: 32 bits, two BF16 each.
+
+    Returns:
+        Int32.
+
+    Source: PTX ISA, "Half Precision Floating Point Instructions: mul": bf16x2 supports subnormal numbers.
+    """
+    return cute.arch.inline_ptx(
+        "mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[cutlass.Int32], read_only_args=[a, b]
+    )
+
+
+def scale_pair(word: Any, i: int) -> Any:
+    """Two copies of the BF16 number s * 2^118 of the stored block scale in byte i of a word; see `prepare_sm90`.
+
+    Args:
+        word: Int32 - four stored scales.
+        i: 0 .. 3.
+
+    Returns:
+        Int32.
+    """
+    # Byte i, 0, byte i, 0: 4 selects a byte of the zero.
+    pair = cutlass.Int32(cute.arch.prmt(word, cutlass.Int32(0), cutlass.Int32(0x4040 + 0x0101 * i)))
+    return (pair << 4) + _SCALE_BITS
+
+
+@cute.jit
+def count_tiles(mCount: cute.Tensor, sTile: cute.Tensor, tile_n: cutlass.Constexpr[int]) -> None:
+    """One warp: sTile[e] = token tiles of all experts before e; a lane has MAX_EXPERTS / 32 neighbours.
+
+    Args:
+        mCount: (E,) int32, E at most MAX_EXPERTS.
+        sTile: (MAX_EXPERTS + 1,) int32 in shared memory.
+        tile_n: tokens of a tile.
+    """
+    experts_per_lane, num_experts = MAX_EXPERTS // WARP, cute.size(mCount)
+    lane = cute.arch.lane_idx()
+    rTiles = cute.make_rmem_tensor(experts_per_lane, cutlass.Int32)
+    total = cutlass.Int32(0)
+    for i in cutlass.range_constexpr(experts_per_lane):
+        expert = lane * experts_per_lane + i
+        # All lanes load, so that no load waits for another.
+        token_tiles = cute.ceil_div(mCount[cutlass.min(expert, num_experts - 1)], tile_n)
+        rTiles[i] = cutlass.select_(expert < num_experts, token_tiles, cutlass.Int32(0))
+    for i in cutlass.range_constexpr(experts_per_lane):
+        total += rTiles[i]
+    # Sum over this lane and those below it.
+    through = total
+    for distance in (1, 2, 4, 8, 16):
+        lower = cute.arch.shuffle_sync_up(through, distance)
+        if lane >= distance:
+            through += lower
+    before = through - total
+    for i in cutlass.range_constexpr(experts_per_lane):
+        sTile[lane * experts_per_lane + i] = before
+        before += rTiles[i]
+    if lane == WARP - 1:
+        sTile[MAX_EXPERTS] = before
+
+
+@cute.jit
+def swiglu(gate: cutlass.Float32, up: cutlass.Float32, limit: cutlass.Float32) -> cutlass.Float32:
+    """h = silu(min(gate, limit)) * clamp(up, -limit, limit), as cutedsl.reference.swiglu.
+
+    Args:
+        gate, up: FP32.
+        limit: positive; infinity for no clamp.
+
+    Numerics: as `blackwell.swiglu`.
+    """
+    gate = cute.arch.fmin(gate, limit, nan=True)
+    up = cute.arch.fmin(cute.arch.fmax(up, -limit, nan=True), limit, nan=True)
+    sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(gate * -LOG2_E, fastmath=True))
+    return gate * sigmoid * up
