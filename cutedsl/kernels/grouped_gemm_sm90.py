@@ -34,7 +34,7 @@ Names: W the weights (the MMA's A), X the tokens (its B).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cutlass
@@ -68,14 +68,11 @@ MAX_TILE_N = 256
 MAX_SUMS = 320
 MAX_SPLIT_K = 8
 
-# Rows of W that a warpgroup has of a tile: one block or two.
-NUM_CONSUMERS = 2
-TILES_W = (NUM_CONSUMERS * BLOCK_ROWS, 2 * NUM_CONSUMERS * BLOCK_ROWS)
-CONSUMER_THREADS = NUM_CONSUMERS * WARPGROUP
-LOAD_WARP = CONSUMER_THREADS // WARP
-THREADS = CONSUMER_THREADS + WARPGROUP
-# Source: 64 K registers an SM; 2 x 128 x 232 + 128 x 40 fit.
-CONSUMER_REGISTERS, LOAD_REGISTERS = 232, 40
+TILES_W = (128, 256)
+# Warpgroups that decode and multiply, and their registers: with few tokens sums are few, and more warps hide latency.
+# Source: 64 K registers an SM; 2 x 128 x 232 + 128 x 40 fit, as do 4 x 128 x 104 + 128 x 40.
+CONSUMER_REGISTERS = {2: 232, 4: 104}
+LOAD_REGISTERS = 40
 
 # Tokens whose results pass through shared memory at a time, and what they take there: for each token the 64 columns of a
 # block in BF16, or its 32 h in FP32, and 4 words so that tokens start in different banks.
@@ -107,6 +104,8 @@ class Config:
         tile_w: weight rows of a tile, one of TILES_W.
         tile_n: tokens of a tile, a multiple of 8.
         num_stages: steps of K between load and MMA.
+        num_consumers: warpgroups that decode and multiply, each its share of tile_w.
+        overlap: weights are decoded while the tensor cores work on those before.
         split_k: CTAs of a cluster that share a tile along K.
         arch: a key of ARCHS.
     """
@@ -115,6 +114,8 @@ class Config:
     tile_w: int
     tile_n: int
     num_stages: int
+    num_consumers: int = 2
+    overlap: bool = True
     split_k: int = 1
     arch: str = "sm_90a"
 
@@ -126,7 +127,17 @@ class Config:
     @property
     def blocks_of_warpgroup(self) -> int:
         """Of them, those that one warpgroup computes."""
-        return self.blocks // NUM_CONSUMERS
+        return self.blocks // self.num_consumers
+
+    @property
+    def consumer_threads(self) -> int:
+        """Threads that decode, multiply and store."""
+        return self.num_consumers * WARPGROUP
+
+    @property
+    def load_warp(self) -> int:
+        """The warp that loads: the first behind the consumers."""
+        return self.consumer_threads // WARP
 
     @property
     def unit_tokens(self) -> int:
@@ -141,7 +152,7 @@ class Config:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory beside the stages: results on their way out, sums of a split, tiles of experts, barriers."""
-        out = 4 * NUM_CONSUMERS * self.unit_tokens * TOKEN_WORDS
+        out = 4 * self.num_consumers * self.unit_tokens * TOKEN_WORDS
         partial = 4 * self.tile_w * self.tile_n if self.split_k > 1 else 0
         return out + partial + 4 * (MAX_EXPERTS + 4) + 2048
 
@@ -181,11 +192,14 @@ class Config:
         return self
 
 
-def largest_config(epilogue: str, tile_w: int, tile_n: int, split_k: int = 1, arch: str = "sm_90a") -> Config:
+def largest_config(
+    epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, split_k: int = 1,
+    arch: str = "sm_90a",
+) -> Config:  # fmt: skip
     """The configuration of that tile with as many stages as fit the architecture."""
-    without_stages = Config(epilogue, tile_w, tile_n, 0, split_k, arch)
+    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, split_k, arch)
     num_stages = (ARCHS[arch].smem_bytes - without_stages.fixed_bytes) // without_stages.stage_bytes
-    return Config(epilogue, tile_w, tile_n, num_stages, split_k, arch).validate()
+    return replace(without_stages, num_stages=num_stages).validate()
 
 
 class _Smem(NamedTuple):
@@ -306,7 +320,7 @@ class GroupedGemmSm90:
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
         self.kernel(tiled_mma, tma_x, mX, weights, out).launch(
             grid=(clusters * config.split_k, 1, 1),
-            block=(THREADS, 1, 1),
+            block=(config.consumer_threads + WARPGROUP, 1, 1),
             cluster=(config.split_k, 1, 1),
             smem=None,
             stream=stream,
@@ -317,27 +331,27 @@ class GroupedGemmSm90:
         """Sets up barriers and the list of tiles, then every warp takes its role."""
         config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp == LOAD_WARP:
+        if warp == config.load_warp:
             cpasync.prefetch_descriptor(tma_x)
         smem = self._allocate_smem()
         if warp == 0:
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(config.num_stages):
                     cute.arch.mbarrier_init(smem.full + stage, 1)
-                    cute.arch.mbarrier_init(smem.empty + stage, CONSUMER_THREADS // WARP)
-        if warp == LOAD_WARP:
+                    cute.arch.mbarrier_init(smem.empty + stage, config.load_warp)
+        if warp == config.load_warp:
             hopper.count_tiles(out.mCount, smem.sTile, config.tile_n)
         # Behind this barrier all mbarriers are initialised, and the tiles are in shared memory.
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         tiles = self._tiles(weights[0], out.n, smem.sTile)
 
-        if warp >= LOAD_WARP:
+        if warp >= config.load_warp:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
-            if warp == LOAD_WARP:
+            if warp == config.load_warp:
                 self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
             self._consume(tiled_mma, smem, tiles, out)
 
     @cute.jit
@@ -387,37 +401,51 @@ class GroupedGemmSm90:
         rows = config.blocks_of_warpgroup * BLOCK_ROWS
         tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(0).partition_B(smem.sX))
         acc = cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, config.tile_n)), cutlass.Float32)
-        tCrA = cute.make_rmem_tensor(tiled_mma.partition_shape_A((rows, LOAD_K)), cutlass.BFloat16)
+        shape_a = tiled_mma.partition_shape_A((rows, LOAD_K))
+        # One for each half of a stage, so that one may be written while tensor cores read the other.
+        tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2 if config.overlap else 1)]
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        in_flight = 1 if config.overlap else 0
         index, phase = cutlass.Int32(0), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             at = self._find(tiles, tile)
             acc.fill(0.0)
+            last = cutlass.Int32(-1)
             for _ in cutlass.range(tiles.first_k, tiles.end_k, unroll=1):
                 cute.arch.mbarrier_wait(smem.full + index, phase)
                 for half in cutlass.range_constexpr(TILE_K // LOAD_K):
-                    self._decode(smem, index, half, group, thread, tCrA)
+                    tCrA_half = tCrA[half % len(tCrA)]
+                    self._decode(smem, index, half, group, thread, tCrA_half)
                     warpgroup.fence()
                     k_blocks = LOAD_K // MMA_K
                     for i in cutlass.range_constexpr(k_blocks):
-                        cute.gemm(
-                            tiled_mma,
-                            acc,
-                            tCrA[None, None, i],
-                            tCrB[None, None, half * k_blocks + i, index],
-                            acc,
-                        )
+                        tCrB_i = tCrB[None, None, half * k_blocks + i, index]
+                        cute.gemm(tiled_mma, acc, tCrA_half[None, None, i], tCrB_i, acc)
                     warpgroup.commit_group()
-                    warpgroup.wait_group(0)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(smem.empty + index)
+                    warpgroup.wait_group(in_flight)
+                    if cutlass.const_expr(config.overlap and half == 0):
+                        # What was in flight were the last MMAs of the stage before.
+                        self._release(smem, last)
+                last = index
+                if cutlass.const_expr(not config.overlap):
+                    self._release(smem, last)
                 index += 1
                 if index == config.num_stages:
                     index = cutlass.Int32(0)
                     phase = phase ^ 1
+            if cutlass.const_expr(config.overlap):
+                warpgroup.wait_group(0)
+                self._release(smem, last)
             # (column pair, row g or g + 8, 8 tokens, blocks)
             sums = cute.make_layout((2, 2, config.tile_n // 8, config.blocks_of_warpgroup))
             self._store(cute.make_tensor(acc.iterator, sums), smem, at, group, thread, out)
+
+    @cute.jit
+    def _release(self, smem: _Smem, index: Any) -> None:
+        """One arrival of this warp: it has no more to do with a stage; none if index is -1."""
+        if index >= 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(smem.empty + index)
 
     @cute.jit
     def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
@@ -604,14 +632,14 @@ class GroupedGemmSm90:
         partial = None
         if cutlass.const_expr(config.split_k > 1):
             sums = config.blocks_of_warpgroup * BLOCK_ROWS * config.tile_n // WARPGROUP
-            layout = cute.make_layout((WARPGROUP, sums, NUM_CONSUMERS))
+            layout = cute.make_layout((WARPGROUP, sums, config.num_consumers))
             partial = smem.allocate_tensor(cutlass.Float32, layout, 128)
         return _Smem(
             sW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_BYTES // 4, *blocks)), 128),
             sSFW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128),
             sX=sX,
             sOut=smem.allocate_tensor(
-                cutlass.Float32, cute.make_layout((TOKEN_WORDS, config.unit_tokens, NUM_CONSUMERS)), 128
+                cutlass.Float32, cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers)), 128
             ),
             sPartial=partial,
             sTile=smem.allocate_tensor(cutlass.Int32, cute.make_layout(MAX_EXPERTS + 1), 16),
