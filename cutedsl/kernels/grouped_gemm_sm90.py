@@ -12,13 +12,14 @@ used for all tokens of the tile. Hard is to decode in few instructions, as many 
 Layout. `cutedsl.prepare_sm90` puts the codes of 64 rows by 128 columns into 4096 neighbouring bytes, in which a thread's
 share for 64 columns is 16 neighbouring bytes: one load, no bank conflicts, and from DRAM whole blocks by bulk copies,
 without tensor maps. A word has the 8 codes that a thread holds of 64 x 16: for the pairs of neighbouring columns
-p = 0 .. 3 (row g, row g + 8, and both again 8 columns on) two codes each, the left one in the low half. Of three pairs a
-shift and a mask bring sign and magnitude to bits 15 and 8:6 of each half, of the fourth two more shifts. That is a BF16
-number: the code times 2^-126, subnormal where the code is.
+p = 0 .. 3 (row g, row g + 8, and both again 8 columns on) two codes each, the left one in the low half. Shifts and masks
+bring sign and magnitude to bits 15 and 8:6 of each half; the places in the word are such that few are needed, and most go
+to the left, as those are multiplications, for which there is room: logic is what limits decoding. That is a BF16 number:
+the code times 2^-126, subnormal where the code is.
 
 Scales. A block scale s is stored as its 8 upper bits of BF16 without the exponent's three leading ones, that is as
-s * 2^118: a byte permutation and one shift-add make a pair of it. The product, code * s * 2^-8, is normal or 0, and exact.
-The factor 2^8 that is left goes into alpha.
+s * 2^118: a shift and a mask make the BF16 numbers of two, and the multiplication takes either for both of its halves. The
+product, code * s * 2^-8, is normal or 0, and exact. The factor 2^8 that is left goes into alpha.
 
 Tiles are numbered, found and walked as in `grouped_gemm_swap_sm100`, by persistent CTAs: one warp loads, two warpgroups
 decode, multiply and store. While one decodes, the other one's products keep the tensor cores busy.
@@ -90,9 +91,7 @@ N_MULTIPLE = {BF16: BF16_UNIT, SWIGLU: 2 * H_UNIT, SWIGLU_NVFP4: 2 * H_UNIT}
 DECODED_SCALE = 256.0
 _CODE_MASK = 0x81C081C0 - (1 << 32)
 _SIGN_MASK = 0x80008000 - (1 << 32)
-_LOW_MASK = 0x00C000C0
-_HIGH_MASK = 0x01000100
-_SCALE_BITS = 0x70007000
+_MAGNITUDE_MASK = 0x01C001C0
 
 
 @dataclass(frozen=True)
@@ -469,17 +468,19 @@ class GroupedGemmSm90:
             )
             for h in cutlass.range_constexpr(2):
                 rSF[0, h] = sSF[0, half, h, thread // 4]
+            # Of rows g and g + 8: BF16 numbers of steps 0 and 2, and of 1 and 3.
+            scales = [hopper.scale_pairs(rSF[0, h]) for h in range(2)]
             for i in cutlass.range_constexpr(steps):
                 word = rW[i]
-                scales = [hopper.scale_pair(rSF[0, h], i) for h in range(2)]
                 pairs = (
                     word & _CODE_MASK,
                     (word << 3) & _CODE_MASK,
-                    (word << 6) & _CODE_MASK,
-                    ((word << 1) & _SIGN_MASK) | ((word >> 4) & _LOW_MASK) | ((word >> 5) & _HIGH_MASK),
+                    ((word >> 3) & _MAGNITUDE_MASK) | ((word << 1) & _SIGN_MASK),
+                    ((word << 6) & _MAGNITUDE_MASK) | ((word << 2) & _SIGN_MASK),
                 )
                 for p in cutlass.range_constexpr(4):
-                    rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2(pairs[p], scales[p % 2])
+                    scale = scales[p % 2][i % 2]
+                    rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, i // 2)
 
     @cute.jit
     def _store(self, acc: cute.Tensor, smem: _Smem, at: _Tile, group: Any, thread: Any, out: _Out) -> None:
@@ -540,20 +541,20 @@ class GroupedGemmSm90:
                 rD = cute.make_rmem_tensor(columns_of_unit, cutlass.BFloat16)
                 if cutlass.const_expr(config.epilogue == BF16):
                     pointer = cute.recast_ptr(sOut.iterator, dtype=cutlass.BFloat16)
-                    layout = cute.make_layout((BF16_UNIT, BLOCK_ROWS // BF16_UNIT, config.unit_tokens),
-                                              stride=(1, BF16_UNIT, 2 * words))
+                    layout = cute.make_layout(
+                        (BF16_UNIT, BLOCK_ROWS // BF16_UNIT, config.unit_tokens), stride=(1, BF16_UNIT, 2 * words)
+                    )
                     cute.autovec_copy(cute.make_tensor(pointer, layout)[None, part, token], rD)
                 else:
-                    layout = cute.make_layout((H_UNIT, H_OF_BLOCK // H_UNIT, config.unit_tokens),
-                                              stride=(1, H_UNIT, words))
+                    layout = cute.make_layout(
+                        (H_UNIT, H_OF_BLOCK // H_UNIT, config.unit_tokens), stride=(1, H_UNIT, words)
+                    )
                     rH = cute.make_rmem_tensor(H_UNIT, cutlass.Float32)
                     cute.autovec_copy(cute.make_tensor(sOut.iterator, layout)[None, part, token], rH)
                     rD.store(rH.load().to(cutlass.BFloat16))
                 row = out.mPaddedOffset[at.expert] + at.first_token + tile_token - at.expert * out.group_rows
                 offset = row * out.row_stride + at.expert * out.group_columns + column
-                gD = cute.make_tensor(
-                    out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(columns_of_unit)
-                )
+                gD = cute.make_tensor(out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(columns_of_unit))
                 cute.autovec_copy(rD, gD)
 
     @cute.jit

@@ -19,7 +19,8 @@ WARP = 32
 WARPGROUP = 128
 MAX_EXPERTS = 512
 LOG2_E = 1.4426950408889634
-_SCALE_BITS = 0x70007000
+# A stored scale in its place of a BF16 number, and the exponent's leading ones.
+_SCALE_MASK, _SCALE_BITS = 0x0FF00FF0, 0x70007000
 
 
 @dataclass(frozen=True)
@@ -48,35 +49,38 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def mul_bf16x2(a: Any, b: Any) -> Any:
-    """a * b of two pairs of BF16, each rounded to nearest even, subnormal arguments taken as they are.
+def mul_bf16x2_half(a: Any, b: Any, half: int) -> Any:
+    """a * b of two BF16 by one, each rounded to nearest even, subnormal arguments taken as they are.
 
     Args:
-        a, b: 32 bits, two BF16 each.
+        a: 32 bits, two BF16.
+        b: 32 bits, two BF16.
+        half: 0 or 1 - which of b both of a are multiplied with; selecting it costs no instruction.
 
     Returns:
         Int32.
 
     Source: PTX ISA, "Half Precision Floating Point Instructions: mul": bf16x2 supports subnormal numbers.
     """
-    return cute.arch.inline_ptx(
-        "mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[cutlass.Int32], read_only_args=[a, b]
+    chosen = ("lo", "hi")[half]
+    code = (
+        "{ .reg .b16 lo, hi; .reg .b32 both; mov.b32 {lo, hi}, {$r1}; "
+        + f"mov.b32 both, {{{chosen}, {chosen}}}; "
+        + "mul.rn.bf16x2 {$w0}, {$r0}, both; }"
     )
+    return cute.arch.inline_ptx(code, write_only_types=[cutlass.Int32], read_only_args=[a, b])
 
 
-def scale_pair(word: Any, i: int) -> Any:
-    """Two copies of the BF16 number s * 2^118 of the stored block scale in byte i of a word; see `prepare_sm90`.
+def scale_pairs(word: Any) -> tuple[Any, Any]:
+    """The BF16 numbers s * 2^118 of the four stored block scales in a word; see `prepare_sm90`.
 
     Args:
-        word: Int32 - four stored scales.
-        i: 0 .. 3.
+        word: Int32 - stored scales in bytes 0 .. 3.
 
     Returns:
-        Int32.
+        Int32 of scales 0 and 2, and of 1 and 3, the first in the low half.
     """
-    # Byte i, 0, byte i, 0: 4 selects a byte of the zero.
-    pair = cutlass.Int32(cute.arch.prmt(word, cutlass.Int32(0), cutlass.Int32(0x4040 + 0x0101 * i)))
-    return (pair << 4) + _SCALE_BITS
+    return ((word << 4) & _SCALE_MASK) | _SCALE_BITS, ((word >> 4) & _SCALE_MASK) | _SCALE_BITS
 
 
 @cute.jit
