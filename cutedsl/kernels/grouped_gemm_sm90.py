@@ -67,7 +67,8 @@ MAX_EXPERTS = 512
 MAX_TILE_N = 256
 # Columns of sums of a warpgroup: 160 registers a thread.
 MAX_SUMS = 320
-MAX_SPLIT_K = 8
+# What CTAs of a cluster may share: (cluster_w, split_k).
+CLUSTERS = ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8))
 
 TILES_W = (128, 256)
 # Warpgroups that decode and multiply, and their registers: with few tokens sums are few, and more warps hide latency.
@@ -105,7 +106,8 @@ class Config:
         num_stages: steps of K between load and MMA.
         num_consumers: warpgroups that decode and multiply, each its share of tile_w.
         overlap: weights are decoded while the tensor cores work on those before.
-        split_k: CTAs of a cluster that share a tile along K.
+        cluster_w: CTAs of a cluster with neighbouring weight tiles of the same tokens, which each loads a part of for all.
+        split_k: CTAs of a cluster that share a tile along K; 1 if cluster_w is not.
         arch: a key of ARCHS.
     """
 
@@ -115,6 +117,7 @@ class Config:
     num_stages: int
     num_consumers: int = 2
     overlap: bool = True
+    cluster_w: int = 1
     split_k: int = 1
     arch: str = "sm_90a"
 
@@ -139,9 +142,14 @@ class Config:
         return self.consumer_threads // WARP
 
     @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.cluster_w * self.split_k
+
+    @property
     def unit_tokens(self) -> int:
         """Tokens that pass through shared memory at a time; with split_k, tokens that one CTA adds up at a time."""
-        return min(self.tile_n, UNIT_TOKENS) if self.split_k == 1 else 8
+        return math.gcd(self.tile_n, UNIT_TOKENS) if self.split_k == 1 else 8
 
     @property
     def stage_bytes(self) -> int:
@@ -172,16 +180,21 @@ class Config:
             raise ValueError(f"Config: epilogue is {self.epilogue!r}, expected one of {EPILOGUES}")
         if self.tile_w not in TILES_W:
             raise ValueError(f"Config: tile_w is {self.tile_w}, expected one of {TILES_W}")
-        if self.tile_n not in range(8, MAX_TILE_N + 1, 8) or self.tile_n % self.unit_tokens:
+        if self.num_consumers not in CONSUMER_REGISTERS or self.blocks < self.num_consumers:
             raise ValueError(
-                f"Config: tile_n is {self.tile_n}, expected 8, 16, 24 or a multiple of {UNIT_TOKENS} to {MAX_TILE_N}"
+                f"Config: num_consumers is {self.num_consumers} with tile_w {self.tile_w}, expected one of "
+                f"{sorted(CONSUMER_REGISTERS)}, each with a block of {BLOCK_ROWS} rows"
+            )
+        if self.tile_n not in range(8, MAX_TILE_N + 1, 8) or self.tile_n % (8 * self.cluster_w):
+            raise ValueError(
+                f"Config: tile_n is {self.tile_n}, expected a multiple of {8 * self.cluster_w} to {MAX_TILE_N}"
             )
         if self.blocks_of_warpgroup * self.tile_n > MAX_SUMS:
             raise ValueError(f"Config: {self} has more sums than registers; take a smaller tile_n or tile_w")
         if self.num_stages < 2:
             raise ValueError(f"Config: num_stages is {self.num_stages}, expected at least 2")
-        if self.split_k not in (1, 2, 4, MAX_SPLIT_K):
-            raise ValueError(f"Config: split_k is {self.split_k}, expected 1, 2, 4 or {MAX_SPLIT_K}")
+        if (self.cluster_w, self.split_k) not in CLUSTERS:
+            raise ValueError(f"Config: cluster_w and split_k are {self.cluster_w}, {self.split_k}, expected {CLUSTERS}")
         arch = ARCHS[self.arch]
         if self.smem_bytes > arch.smem_bytes:
             raise ValueError(
@@ -192,11 +205,11 @@ class Config:
 
 
 def largest_config(
-    epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, split_k: int = 1,
-    arch: str = "sm_90a",
+    epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, cluster_w: int = 1,
+    split_k: int = 1, arch: str = "sm_90a",
 ) -> Config:  # fmt: skip
     """The configuration of that tile with as many stages as fit the architecture."""
-    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, split_k, arch)
+    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, split_k, arch)
     num_stages = (ARCHS[arch].smem_bytes - without_stages.fixed_bytes) // without_stages.stage_bytes
     return replace(without_stages, num_stages=num_stages).validate()
 
@@ -211,13 +224,16 @@ class _Smem(NamedTuple):
     sX: Any
     # (words of a token, unit_tokens, warpgroup) of Float32
     sOut: Any
-    # (WARPGROUP, sums of a thread, warpgroup) of Float32; with split_k only
+    # (4 sums, thread, 8 tokens, blocks, warpgroup) of Float32; with split_k only
     sPartial: Any
     # (MAX_EXPERTS + 1,): token tiles of all experts before each one; of all experts behind the last.
     sTile: Any
-    # One barrier a stage: loads have arrived; all consumer warps are done.
+    # One barrier a stage: loads have arrived; all consumer warps, of all CTAs that were loaded for, are done.
     full: Any
     empty: Any
+    # With split_k only: sums of all CTAs are in their sPartial; all CTAs have read what they need of them.
+    ready: Any
+    read: Any
 
 
 class _Tiles(NamedTuple):
@@ -226,8 +242,11 @@ class _Tiles(NamedTuple):
     first: Any
     end: Any
     step: Any
+    # Weight tiles of an expert, as many as a cluster has CTAs with tiles of their own being one.
     num_w: Any
     sTile: Any
+    # Of this CTA in its cluster.
+    rank: Any
     # Steps of K of this CTA: first_k .. end_k - 1
     first_k: Any
     end_k: Any
@@ -239,6 +258,19 @@ class _Tile(NamedTuple):
     expert: Any
     w_tile: Any
     first_token: Any
+
+
+class _Place(NamedTuple):
+    """What a consumer must know of a tile to store it, loaded before the sums are there."""
+
+    expert: Any
+    # First block of the tile's weight rows.
+    block: Any
+    # Tokens of the tile that there are, and the row of the first in D.
+    num_tokens: Any
+    row: Any
+    # For each block of the warpgroup and h: what rows g + 8 h of the thread are multiplied with.
+    alphas: Any
 
 
 class _Out(NamedTuple):
@@ -307,10 +339,14 @@ class GroupedGemmSm90:
         tiled_mma = self._tiled_mma()
         x_stage = cute.slice_(self._x_smem_layout(), (None, None, 0))
         load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_x, mX = cpasync.make_tiled_tma_atom(load, mX, x_stage, (config.tile_n, TILE_K))
+        if cutlass.const_expr(config.cluster_w > 1):
+            load = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        tma_x, mX = cpasync.make_tiled_tma_atom(
+            load, mX, x_stage, (config.tile_n, TILE_K), num_multicast=config.cluster_w
+        )
         # As many as there could be: only the device knows how many there are.
-        num_tiles = cute.ceil_div(num_rows, config.tile_n) * cute.ceil_div(n, config.tile_w)
-        num_tiles = num_tiles + cute.size(mCount) * cute.ceil_div(n, config.tile_w)
+        num_tiles = cute.ceil_div(num_rows, config.tile_n) + cute.size(mCount)
+        num_tiles = num_tiles * cute.ceil_div(n, config.tile_w * config.cluster_w)
         clusters = cutlass.min(num_tiles, max_active_clusters)
         out = _Out(
             mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit, mCount,
@@ -318,10 +354,9 @@ class GroupedGemmSm90:
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
         self.kernel(tiled_mma, tma_x, mX, weights, out).launch(
-            grid=(clusters * config.split_k, 1, 1),
+            grid=(clusters * config.cluster, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
-            cluster=(config.split_k, 1, 1),
-            smem=None,
+            cluster=(config.cluster, 1, 1),
             stream=stream,
         )
 
@@ -337,12 +372,14 @@ class GroupedGemmSm90:
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(config.num_stages):
                     cute.arch.mbarrier_init(smem.full + stage, 1)
-                    cute.arch.mbarrier_init(smem.empty + stage, config.load_warp)
+                    cute.arch.mbarrier_init(smem.empty + stage, config.load_warp * config.cluster_w)
+                cute.arch.mbarrier_init(smem.ready, config.load_warp * config.split_k)
+                cute.arch.mbarrier_init(smem.read, config.load_warp * config.split_k)
         if warp == config.load_warp:
             hopper.count_tiles(out.mCount, smem.sTile, config.tile_n)
         # Behind this barrier all mbarriers are initialised, and the tiles are in shared memory.
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self._sync()
         tiles = self._tiles(weights[0], out.n, smem.sTile)
 
         if warp >= config.load_warp:
@@ -352,6 +389,18 @@ class GroupedGemmSm90:
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
             self._consume(tiled_mma, smem, tiles, out)
+        # Others may still write to a CTA's shared memory, or read it.
+        if cutlass.const_expr(config.cluster > 1):
+            self._sync()
+
+    @cute.jit
+    def _sync(self) -> None:
+        """A barrier of all threads of the cluster."""
+        if cutlass.const_expr(self.config.cluster > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     @cute.jit
     def _load(
@@ -362,14 +411,20 @@ class GroupedGemmSm90:
         mW, mSFW = weights
         num_row_blocks = cute.size(mW, mode=[2])
         bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), cutlass.Int32)
+        everybody = cutlass.Int16((1 << config.cluster_w) - 1)
         index, phase = cutlass.Int32(0), cutlass.Int32(1)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             at = self._find(tiles, tile)
             row = mPaddedOffset[at.expert] + at.first_token
             # (tile_n, TILE_K, k tiles)
             gX = cute.local_tile(cute.domain_offset((row, 0), mX), (config.tile_n, TILE_K), (0, None))
+            # Of a cluster that shares tokens, each CTA loads its part for all.
             tXsX, tXgX = cpasync.tma_partition(
-                tma_x, 0, cute.make_layout(1), cute.group_modes(smem.sX, 0, 2), cute.group_modes(gX, 0, 2)
+                tma_x,
+                tiles.rank % config.cluster_w,
+                cute.make_layout(config.cluster_w),
+                cute.group_modes(smem.sX, 0, 2),
+                cute.group_modes(gX, 0, 2),
             )
             for k_tile in cutlass.range(tiles.first_k, tiles.end_k, unroll=1):
                 cute.arch.mbarrier_wait(smem.empty + index, phase)
@@ -385,7 +440,7 @@ class GroupedGemmSm90:
                         cute.copy(
                             bulk, mSFW[None, k_tile, row_block, at.expert], smem.sSFW[None, block, index], mbar_ptr=full
                         )
-                cute.copy(tma_x, tXgX[None, k_tile], tXsX[None, index], tma_bar_ptr=full)
+                cute.copy(tma_x, tXgX[None, k_tile], tXsX[None, index], tma_bar_ptr=full, mcast_mask=everybody)
                 index += 1
                 if index == config.num_stages:
                     index = cutlass.Int32(0)
@@ -405,9 +460,10 @@ class GroupedGemmSm90:
         tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2 if config.overlap else 1)]
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         in_flight = 1 if config.overlap else 0
+        exchange = cutlass.Int32(0)
         index, phase = cutlass.Int32(0), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
-            at = self._find(tiles, tile)
+            place = self._place(self._find(tiles, tile), group, thread, out)
             acc.fill(0.0)
             last = cutlass.Int32(-1)
             for _ in cutlass.range(tiles.first_k, tiles.end_k, unroll=1):
@@ -437,14 +493,72 @@ class GroupedGemmSm90:
                 self._release(smem, last)
             # (column pair, row g or g + 8, 8 tokens, blocks)
             sums = cute.make_layout((2, 2, config.tile_n // 8, config.blocks_of_warpgroup))
-            self._store(cute.make_tensor(acc.iterator, sums), smem, at, group, thread, out)
+            sums = cute.make_tensor(acc.iterator, sums)
+            if cutlass.const_expr(config.split_k > 1):
+                self._share(sums, smem, group, thread, exchange)
+            self._store(sums, smem, place, tiles.rank, group, thread, out)
+            if cutlass.const_expr(config.split_k > 1):
+                exchange = exchange ^ 1
 
     @cute.jit
     def _release(self, smem: _Smem, index: Any) -> None:
-        """One arrival of this warp: it has no more to do with a stage; none if index is -1."""
+        """This warp has no more to do with a stage: tells whoever loads into it; nothing if index is -1."""
         if index >= 0:
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(smem.empty + index)
+                if cutlass.const_expr(self.config.cluster_w == 1):
+                    cute.arch.mbarrier_arrive(smem.empty + index)
+                else:
+                    for cta in cutlass.range_constexpr(self.config.cluster_w):
+                        cute.arch.mbarrier_arrive(smem.empty + index, cta)
+
+    @cute.jit
+    def _place(self, at: _Tile, group: Any, thread: Any, out: _Out) -> _Place:
+        """Loads what storing a tile needs, so that nothing waits for it later."""
+        config = self.config
+        block = at.w_tile * config.blocks + group * config.blocks_of_warpgroup
+        w_row = block * BLOCK_ROWS + thread // WARP * 16 + thread % WARP // 4
+        alphas = [
+            [self._alpha(out, at.expert, w_row + b * BLOCK_ROWS + 8 * h) for h in range(2)]
+            for b in range(config.blocks_of_warpgroup)
+        ]
+        row = out.mPaddedOffset[at.expert] + at.first_token - at.expert * out.group_rows
+        num_tokens = cutlass.min(out.mCount[at.expert] - at.first_token, config.tile_n)
+        return _Place(at.expert, block, num_tokens, row, alphas)
+
+    @cute.jit
+    def _share(self, sums: cute.Tensor, smem: _Smem, group: Any, thread: Any, exchange: Any) -> None:
+        """Adds the sums of all CTAs of a split, in the order of their ranks, to every 8 tokens that are this CTA's."""
+        config = self.config
+        # (4 sums of a thread and 8 tokens, 8 tokens, blocks)
+        num_chunks = config.tile_n // 8
+        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, num_chunks, config.blocks_of_warpgroup)))
+        # Nobody reads the sums of the last tile any more.
+        cute.arch.mbarrier_wait(smem.read, exchange ^ 1)
+        cute.autovec_copy(quads, smem.sPartial[None, thread, None, None, group])
+        self._tell_all(smem.ready)
+        cute.arch.mbarrier_wait(smem.ready, exchange)
+        cute.arch.fence_acq_rel_cluster()
+        for chunk in cutlass.range_constexpr(num_chunks):
+            if chunk % config.split_k == cute.arch.block_idx_in_cluster():
+                for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+                    rSum = cute.make_rmem_tensor(4, cutlass.Float32)
+                    rSum.fill(0.0)
+                    mine = smem.sPartial[None, thread, chunk, b, group].iterator
+                    for cta in cutlass.range_constexpr(config.split_k):
+                        peer = hopper.load_f32x4(cute.arch.map_dsmem_ptr(mine, cta))
+                        for i in cutlass.range_constexpr(4):
+                            rSum[i] = rSum[i] + peer[i]
+                    cute.autovec_copy(rSum, quads[None, chunk, b])
+        self._tell_all(smem.read)
+
+    @cute.jit
+    def _tell_all(self, barrier: Any) -> None:
+        """This warp arrives at a barrier of every CTA of the cluster, behind what it has read and written."""
+        cute.arch.fence_acq_rel_cluster()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            for cta in cutlass.range_constexpr(self.config.split_k):
+                cute.arch.mbarrier_arrive(barrier, cta)
 
     @cute.jit
     def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
@@ -483,25 +597,28 @@ class GroupedGemmSm90:
                     rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, i // 2)
 
     @cute.jit
-    def _store(self, acc: cute.Tensor, smem: _Smem, at: _Tile, group: Any, thread: Any, out: _Out) -> None:
+    def _store(
+        self, sums: cute.Tensor, smem: _Smem, place: _Place, rank: Any, group: Any, thread: Any, out: _Out
+    ) -> None:
         """Warpgroup: its blocks of sums, times alpha, a unit of tokens after the other, to D."""
         config = self.config
-        g = thread % WARP // 4
-        num_tokens = cutlass.min(out.mCount[at.expert] - at.first_token, config.tile_n)
+        sOut = smem.sOut[None, None, group]
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-            block = at.w_tile * config.blocks + group * config.blocks_of_warpgroup + b
-            w_row = block * BLOCK_ROWS + thread // WARP * 16 + g
-            alphas = [self._alpha(out, at.expert, w_row + 8 * h) for h in range(2)]
             for unit in cutlass.range_constexpr(config.tile_n // config.unit_tokens):
-                if unit * config.unit_tokens < num_tokens:
+                mine = unit * config.unit_tokens < place.num_tokens
+                if cutlass.const_expr(config.split_k > 1):
+                    mine = mine & (unit % config.split_k == rank)
+                if mine:
                     # Behind this barrier the last unit has been read.
                     cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-                    self._put(acc, smem.sOut[None, None, group], b, unit, thread, alphas, out)
+                    self._put(sums, sOut, b, unit, thread, place, out)
                     cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-                    self._take(smem.sOut[None, None, group], at, block, unit, num_tokens, thread, out)
+                    self._take(sOut, place, b, unit, thread, out)
 
     @cute.jit
-    def _put(self, acc: cute.Tensor, sOut: cute.Tensor, b: int, unit: int, thread: Any, alphas: Any, out: _Out) -> None:
+    def _put(
+        self, sums: cute.Tensor, sOut: cute.Tensor, b: int, unit: int, thread: Any, place: _Place, out: _Out
+    ) -> None:
         """Writes a thread's sums of a unit, or the h they make, to shared memory, token by token."""
         config = self.config
         g, t = thread % WARP // 4, thread % 4
@@ -514,8 +631,8 @@ class GroupedGemmSm90:
             chunk = unit * (config.unit_tokens // 8) + j
             for i in cutlass.range_constexpr(2):
                 token = 8 * j + 2 * t + i
-                low = acc[i, 0, chunk, b] * alphas[0]
-                high = acc[i, 1, chunk, b] * alphas[1]
+                low = sums[i, 0, chunk, b] * place.alphas[b][0]
+                high = sums[i, 1, chunk, b] * place.alphas[b][1]
                 if cutlass.const_expr(config.epilogue == BF16):
                     sOut[column, token] = low.to(cutlass.BFloat16)
                     sOut[column + 8, token] = high.to(cutlass.BFloat16)
@@ -523,9 +640,7 @@ class GroupedGemmSm90:
                     sOut[column, token] = hopper.swiglu(low, high, out.limit)
 
     @cute.jit
-    def _take(
-        self, sOut: cute.Tensor, at: _Tile, block: Any, unit: int, num_tokens: Any, thread: Any, out: _Out
-    ) -> None:
+    def _take(self, sOut: cute.Tensor, place: _Place, b: int, unit: int, thread: Any, out: _Out) -> None:
         """Stores a unit: neighbouring threads have neighbouring columns of D."""
         config = self.config
         columns_of_unit = BF16_UNIT if config.epilogue == BF16 else H_UNIT
@@ -536,8 +651,8 @@ class GroupedGemmSm90:
         for start in cutlass.range_constexpr(0, config.unit_tokens * units_of_token, WARPGROUP):
             token, part = (start + thread) // units_of_token, (start + thread) % units_of_token
             tile_token = unit * config.unit_tokens + token
-            column = block * of_block + part * columns_of_unit
-            if (token < config.unit_tokens) & (tile_token < num_tokens) & (column < num_columns):
+            column = (place.block + b) * of_block + part * columns_of_unit
+            if (token < config.unit_tokens) & (tile_token < place.num_tokens) & (column < num_columns):
                 rD = cute.make_rmem_tensor(columns_of_unit, cutlass.BFloat16)
                 if cutlass.const_expr(config.epilogue == BF16):
                     pointer = cute.recast_ptr(sOut.iterator, dtype=cutlass.BFloat16)
@@ -552,8 +667,7 @@ class GroupedGemmSm90:
                     rH = cute.make_rmem_tensor(H_UNIT, cutlass.Float32)
                     cute.autovec_copy(cute.make_tensor(sOut.iterator, layout)[None, part, token], rH)
                     rD.store(rH.load().to(cutlass.BFloat16))
-                row = out.mPaddedOffset[at.expert] + at.first_token + tile_token - at.expert * out.group_rows
-                offset = row * out.row_stride + at.expert * out.group_columns + column
+                offset = (place.row + tile_token) * out.row_stride + place.expert * out.group_columns + column
                 gD = cute.make_tensor(out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(columns_of_unit))
                 cute.autovec_copy(rD, gD)
 
@@ -578,22 +692,25 @@ class GroupedGemmSm90:
         before = tiles.sTile[expert]
         num_token_tiles = tiles.sTile[expert + 1] - before
         in_expert = tile - before * tiles.num_w
-        return _Tile(expert, in_expert // num_token_tiles, in_expert % num_token_tiles * self.config.tile_n)
+        w_tile = in_expert // num_token_tiles * self.config.cluster_w + tiles.rank % self.config.cluster_w
+        return _Tile(expert, w_tile, in_expert % num_token_tiles * self.config.tile_n)
 
     def _tiles(self, mW: cute.Tensor, n: Any, sTile: cute.Tensor) -> _Tiles:
-        split_k = self.config.split_k
-        num_w = cute.ceil_div(n, self.config.tile_w)
+        config = self.config
+        num_w = cute.ceil_div(n, config.tile_w * config.cluster_w)
         num_k = cute.size(mW, mode=[1])
         cta = cute.arch.block_idx()[0]
-        rank = cta % split_k
+        rank = cta % config.cluster
+        part = rank % config.split_k
         return _Tiles(
-            first=cta // split_k,
+            first=cta // config.cluster,
             end=sTile[MAX_EXPERTS] * num_w,
-            step=cute.arch.grid_dim()[0] // split_k,
+            step=cute.arch.grid_dim()[0] // config.cluster,
             num_w=num_w,
             sTile=sTile,
-            first_k=rank * num_k // split_k,
-            end_k=(rank + 1) * num_k // split_k,
+            rank=rank,
+            first_k=part * num_k // config.split_k,
+            end_k=(part + 1) * num_k // config.split_k,
         )
 
     def _blocks(self, prepared: cute.Tensor, block_bytes: int) -> cute.Tensor:
@@ -632,8 +749,8 @@ class GroupedGemmSm90:
         blocks = (config.blocks, config.num_stages)
         partial = None
         if cutlass.const_expr(config.split_k > 1):
-            sums = config.blocks_of_warpgroup * BLOCK_ROWS * config.tile_n // WARPGROUP
-            layout = cute.make_layout((WARPGROUP, sums, config.num_consumers))
+            shape = (4, WARPGROUP, config.tile_n // 8, config.blocks_of_warpgroup, config.num_consumers)
+            layout = cute.make_layout(shape)
             partial = smem.allocate_tensor(cutlass.Float32, layout, 128)
         return _Smem(
             sW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_BYTES // 4, *blocks)), 128),
@@ -646,6 +763,8 @@ class GroupedGemmSm90:
             sTile=smem.allocate_tensor(cutlass.Int32, cute.make_layout(MAX_EXPERTS + 1), 16),
             full=smem.allocate_array(cutlass.Int64, config.num_stages),
             empty=smem.allocate_array(cutlass.Int64, config.num_stages),
+            ready=smem.allocate_array(cutlass.Int64, 1),
+            read=smem.allocate_array(cutlass.Int64, 1),
         )
 
 
