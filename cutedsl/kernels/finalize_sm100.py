@@ -11,13 +11,14 @@ the assembler fuse `mul` and `add` that do not name their rounding, as CuTe DSL'
 its sm_100a code) fuses the packed `mul.rn.f32x2` and `add.rn.f32x2` too, though they name it; `mul.rn.f32` it leaves alone.
 
 A CTA has 8 columns a thread of one token. All rows are asked for before the first is used, so that loads can overlap.
+`finalize_sm90` is this kernel too, with scalar sums.
 
 Names: mY, gY, rY the whole tensor, a row of it, a thread's registers; vector 8 neighbouring columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import cutlass
 import torch
@@ -49,8 +50,13 @@ class Config:
         y_fp32: y is FP32, not BF16.
         shared: a shared expert's output is added.
         num_threads: of a CTA; its tile is 8 times as many columns.
-        arch: a key of ARCHS.
+        arch: one of archs.
+        archs: those that the kernel is for.
+        packed: there is an instruction for two sums.
     """
+
+    archs: ClassVar[Collection[str]] = ARCHS
+    packed: ClassVar[bool] = True
 
     top_k: int
     y_fp32: bool = False
@@ -58,14 +64,14 @@ class Config:
     num_threads: int = 128
     arch: str = "sm_100a"
 
-    def validate(self) -> "Config":
+    def validate(self) -> Self:
         """Returns itself.
 
         Raises:
             ValueError: the kernel could not be compiled, or could not run on the architecture.
         """
-        if self.arch not in ARCHS:
-            raise ValueError(f"Config: arch is {self.arch!r}, expected one of {sorted(ARCHS)}")
+        if self.arch not in self.archs:
+            raise ValueError(f"Config: arch is {self.arch!r}, expected one of {sorted(self.archs)}")
         if not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(f"Config: top_k is {self.top_k}, expected 1 .. {MAX_TOP_K}")
         if self.num_threads % WARP or not WARP <= self.num_threads <= MAX_THREADS:
@@ -153,7 +159,7 @@ class FinalizeSm100:
             if cutlass.const_expr(self.config.shared):
                 rShared = cute.make_rmem_tensor((VECTOR,), cutlass.BFloat16)
                 cute.autovec_copy(_vector(mShared, token, vector), rShared)
-                _add(rAcc, rShared, None)
+                self._add(rAcc, rShared, None)
             rOut = cute.make_rmem_tensor((VECTOR,), cutlass.BFloat16)
             rOut.store(rAcc.load().to(cutlass.BFloat16))
             cute.autovec_copy(rOut, _vector(mOut, token, vector))
@@ -174,22 +180,24 @@ class FinalizeSm100:
         rAcc.fill(0.0)
         for choice in cutlass.range_constexpr(self.config.top_k):
             if rows[choice] >= 0:
-                _add(rAcc, rY[None, choice], weights[choice])
+                self._add(rAcc, rY[None, choice], weights[choice])
         return rAcc
+
+    def _add(self, rAcc: cute.Tensor, rTerm: cute.Tensor, weight: Any) -> None:
+        """Adds a vector, times weight if there is one, to the sum."""
+        for i in range(0, VECTOR, 2):
+            term = tuple(rTerm[j].to(cutlass.Float32) for j in (i, i + 1))
+            if weight is not None:
+                term = tuple(rounded_product(factor, weight) for factor in term)
+            if self.config.packed:
+                rAcc[i], rAcc[i + 1] = cute.arch.add_packed_f32x2((rAcc[i], rAcc[i + 1]), term, rnd="rn")
+            else:
+                rAcc[i], rAcc[i + 1] = rAcc[i] + term[0], rAcc[i + 1] + term[1]
 
 
 def _vector(tensor: cute.Tensor, row: Any, vector: Any) -> cute.Tensor:
     """Returns (VECTOR,) columns of a row of a matrix in global memory."""
     return cute.local_tile(tensor, (1, VECTOR), (row, vector))[0, None]
-
-
-def _add(rAcc: cute.Tensor, rTerm: cute.Tensor, weight: Any) -> None:
-    """Adds a vector, times weight if there is one, to the sum."""
-    for i in range(0, VECTOR, 2):
-        term = tuple(rTerm[j].to(cutlass.Float32) for j in (i, i + 1))
-        if weight is not None:
-            term = tuple(rounded_product(factor, weight) for factor in term)
-        rAcc[i], rAcc[i + 1] = cute.arch.add_packed_f32x2((rAcc[i], rAcc[i + 1]), term, rnd="rn")
 
 
 def finalize(
@@ -234,7 +242,7 @@ def compiled(config: Config, line_info: bool | None = None) -> Callable[..., Non
         config: which kernel.
         line_info: as cutedsl.compile takes it.
     """
-    return compiler.compiled(FinalizeSm100, config, lambda: _stand_ins(config), config.arch, line_info)
+    return compiler.compiled(FinalizeSm100, config, lambda: stand_ins(config), config.arch, line_info)
 
 
 def check(
@@ -249,14 +257,14 @@ def check(
     num_tokens, num_columns = mOut.shape
     if num_columns < VECTOR or num_columns % VECTOR:
         raise ValueError(
-            f"finalize_sm100: H is {num_columns}, expected a positive multiple of {VECTOR}: a thread has 16 bytes; pad H"
+            f"finalize: H is {num_columns}, expected a positive multiple of {VECTOR}: a thread has 16 bytes; pad H"
         )
     if num_tokens > MAX_TOKENS:
-        raise ValueError(f"finalize_sm100: {num_tokens} tokens, expected at most {MAX_TOKENS}; split the batch")
+        raise ValueError(f"finalize: {num_tokens} tokens, expected at most {MAX_TOKENS}; split the batch")
     _check("topk_weights", topk_weights, (torch.float32,), (num_tokens, None), mOut)
     top_k = topk_weights.shape[1]
     if not 1 <= top_k <= MAX_TOP_K:
-        raise ValueError(f"finalize_sm100: top_k is {top_k}, expected 1 .. {MAX_TOP_K}")
+        raise ValueError(f"finalize: top_k is {top_k}, expected 1 .. {MAX_TOP_K}")
     _check("choice_row", choice_row, (torch.int32,), (num_tokens * top_k,), mOut)
     _check("mY", mY, _Y_TYPES, (None, num_columns), mOut)
     if shared is not None:
@@ -264,7 +272,7 @@ def check(
     for name, tensor in (("mY", mY), ("shared", shared), ("mOut", mOut)):
         if tensor is not None and tensor.data_ptr() % VECTOR_BYTES:
             raise ValueError(
-                f"finalize_sm100: {name} starts at {tensor.data_ptr():#x}, expected a multiple of {VECTOR_BYTES} bytes; "
+                f"finalize: {name} starts at {tensor.data_ptr():#x}, expected a multiple of {VECTOR_BYTES} bytes; "
                 "a slice of a larger tensor may need a copy"
             )
 
@@ -272,12 +280,12 @@ def check(
 def _check(
     name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], out: torch.Tensor
 ) -> None:
-    registry.check_tensor("finalize_sm100", name, tensor, dtypes, shape, out.device)
+    registry.check_tensor("finalize", name, tensor, dtypes, shape, out.device)
     if not tensor.is_contiguous():
-        raise ValueError(f"finalize_sm100: {name} has strides {tensor.stride()}, expected contiguous rows; copy it")
+        raise ValueError(f"finalize: {name} has strides {tensor.stride()}, expected contiguous rows; copy it")
 
 
-def _stand_ins(config: Config) -> tuple[Any, ...]:
+def stand_ins(config: Config) -> tuple[Any, ...]:
     """Returns what the kernel is compiled with: finalize's arguments with symbolic sizes."""
     num_tokens, num_columns = cute.sym_int(), cute.sym_int(divisibility=VECTOR)
 

@@ -24,8 +24,14 @@ product, code * s * 2^-8, is normal or 0, and exact. The factor 2^8 that is left
 Tiles are numbered, found and walked as in `grouped_gemm_swap_sm100`, by persistent CTAs: one warp loads, two warpgroups
 decode, multiply and store. While one decodes, the other one's products keep the tensor cores busy.
 
-Split K. A linear of few tokens may have fewer tiles than there are SMs. Then the CTAs of a cluster share a tile: each has
-its part of K, and sums meet in the order of ranks through distributed shared memory: no atomics, same result each time.
+Even shares. With few tokens there are few tiles, and a last round of them would leave most SMs idle. Then (`even`) tiles are
+laid end to end, and every CTA gets as many steps of K of that row as any other, wherever that cuts a tile. Who has the
+first steps of a tile finishes it: it waits for the sums of those that have the others, which come through global memory,
+and adds them in their order: no atomics, the same result each time. It waits only for CTAs of lower index, which have been
+started before it, so that even a GPU with room for one CTA at a time gets through.
+
+Clusters. With many tokens the loads of X are what is too much for L2. Then (`cluster_w`) two CTAs take neighbouring weight
+tiles of the same tokens, and each loads half of the tokens for both.
 
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
@@ -67,8 +73,8 @@ MAX_EXPERTS = 512
 MAX_TILE_N = 256
 # Columns of sums of a warpgroup: 160 registers a thread.
 MAX_SUMS = 320
-# What CTAs of a cluster may share: (cluster_w, split_k).
-CLUSTERS = ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8))
+# With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
+MIN_STEPS = 4
 
 TILES_W = (128, 256)
 # Warpgroups that decode and multiply, and their registers: with few tokens sums are few, and more warps hide latency.
@@ -107,7 +113,7 @@ class Config:
         num_consumers: warpgroups that decode and multiply, each its share of tile_w.
         overlap: weights are decoded while the tensor cores work on those before.
         cluster_w: CTAs of a cluster with neighbouring weight tiles of the same tokens, which each loads a part of for all.
-        split_k: CTAs of a cluster that share a tile along K; 1 if cluster_w is not.
+        even: every CTA has the same number of steps of K; not with cluster_w.
         arch: a key of ARCHS.
     """
 
@@ -118,7 +124,7 @@ class Config:
     num_consumers: int = 2
     overlap: bool = True
     cluster_w: int = 1
-    split_k: int = 1
+    even: bool = False
     arch: str = "sm_90a"
 
     @property
@@ -142,14 +148,14 @@ class Config:
         return self.consumer_threads // WARP
 
     @property
-    def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.cluster_w * self.split_k
+    def unit_tokens(self) -> int:
+        """Tokens that pass through shared memory at a time."""
+        return math.gcd(self.tile_n, UNIT_TOKENS)
 
     @property
-    def unit_tokens(self) -> int:
-        """Tokens that pass through shared memory at a time; with split_k, tokens that one CTA adds up at a time."""
-        return math.gcd(self.tile_n, UNIT_TOKENS) if self.split_k == 1 else 8
+    def sums_of_thread(self) -> int:
+        """FP32 sums that a consumer thread has of a tile."""
+        return self.tile_w * self.tile_n // self.consumer_threads
 
     @property
     def stage_bytes(self) -> int:
@@ -158,10 +164,8 @@ class Config:
 
     @property
     def fixed_bytes(self) -> int:
-        """Shared memory beside the stages: results on their way out, sums of a split, tiles of experts, barriers."""
-        out = 4 * self.num_consumers * self.unit_tokens * TOKEN_WORDS
-        partial = 4 * self.tile_w * self.tile_n if self.split_k > 1 else 0
-        return out + partial + 4 * (MAX_EXPERTS + 4) + 2048
+        """Shared memory beside the stages: results on their way out, tiles of experts, barriers."""
+        return 4 * self.num_consumers * self.unit_tokens * TOKEN_WORDS + 4 * (MAX_EXPERTS + 4) + 2048
 
     @property
     def smem_bytes(self) -> int:
@@ -185,16 +189,20 @@ class Config:
                 f"Config: num_consumers is {self.num_consumers} with tile_w {self.tile_w}, expected one of "
                 f"{sorted(CONSUMER_REGISTERS)}, each with a block of {BLOCK_ROWS} rows"
             )
-        if self.tile_n not in range(8, MAX_TILE_N + 1, 8) or self.tile_n % (8 * self.cluster_w):
+        # 24 is no tile: CuTe DSL 4.8.0 dies compiling it.
+        if self.tile_n not in (8, *range(16, MAX_TILE_N + 1, 16)) or self.tile_n % (8 * self.cluster_w):
             raise ValueError(
-                f"Config: tile_n is {self.tile_n}, expected a multiple of {8 * self.cluster_w} to {MAX_TILE_N}"
+                f"Config: tile_n is {self.tile_n} with cluster_w {self.cluster_w}, expected 8 (without a cluster) or a "
+                f"multiple of 16 to {MAX_TILE_N}"
             )
         if self.blocks_of_warpgroup * self.tile_n > MAX_SUMS:
             raise ValueError(f"Config: {self} has more sums than registers; take a smaller tile_n or tile_w")
         if self.num_stages < 2:
             raise ValueError(f"Config: num_stages is {self.num_stages}, expected at least 2")
-        if (self.cluster_w, self.split_k) not in CLUSTERS:
-            raise ValueError(f"Config: cluster_w and split_k are {self.cluster_w}, {self.split_k}, expected {CLUSTERS}")
+        if self.cluster_w not in (1, 2) or (self.even and self.cluster_w > 1):
+            raise ValueError(
+                f"Config: cluster_w is {self.cluster_w} and even {self.even}, expected 1, or 2 and False"
+            )
         arch = ARCHS[self.arch]
         if self.smem_bytes > arch.smem_bytes:
             raise ValueError(
@@ -206,10 +214,10 @@ class Config:
 
 def largest_config(
     epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, cluster_w: int = 1,
-    split_k: int = 1, arch: str = "sm_90a",
+    even: bool = False, arch: str = "sm_90a",
 ) -> Config:  # fmt: skip
     """The configuration of that tile with as many stages as fit the architecture."""
-    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, split_k, arch)
+    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, even, arch)
     num_stages = (ARCHS[arch].smem_bytes - without_stages.fixed_bytes) // without_stages.stage_bytes
     return replace(without_stages, num_stages=num_stages).validate()
 
@@ -224,32 +232,31 @@ class _Smem(NamedTuple):
     sX: Any
     # (words of a token, unit_tokens, warpgroup) of Float32
     sOut: Any
-    # (4 sums, thread, 8 tokens, blocks, warpgroup) of Float32; with split_k only
-    sPartial: Any
     # (MAX_EXPERTS + 1,): token tiles of all experts before each one; of all experts behind the last.
     sTile: Any
     # One barrier a stage: loads have arrived; all consumer warps, of all CTAs that were loaded for, are done.
     full: Any
     empty: Any
-    # With split_k only: sums of all CTAs are in their sPartial; all CTAs have read what they need of them.
-    ready: Any
-    read: Any
 
 
 class _Tiles(NamedTuple):
-    """A cluster's tiles first, first + step, ... below end; where they are is found in sTile."""
+    """A CTA's tiles first, first + step, ... below end; where they are is found in sTile."""
 
     first: Any
     end: Any
     step: Any
-    # Weight tiles of an expert, as many as a cluster has CTAs with tiles of their own being one.
+    # Weight tiles of an expert, those of a cluster counted once.
     num_w: Any
+    # Steps of K of a tile.
+    num_k: Any
     sTile: Any
     # Of this CTA in its cluster.
     rank: Any
-    # Steps of K of this CTA: first_k .. end_k - 1
-    first_k: Any
-    end_k: Any
+    # With even shares: those with shares, this CTA's, its first step and the one behind its last, of all tiles end to end.
+    num_shares: Any
+    share: Any
+    first_step: Any
+    end_step: Any
 
 
 class _Tile(NamedTuple):
@@ -271,6 +278,15 @@ class _Place(NamedTuple):
     row: Any
     # For each block of the warpgroup and h: what rows g + 8 h of the thread are multiplied with.
     alphas: Any
+
+
+class _Exchange(NamedTuple):
+    """Where CTAs with even shares leave sums for others; None without."""
+
+    # FP32: (4 sums, thread, sums of a thread / 4, warpgroup, share)
+    mSums: Any
+    # Int32: (warpgroup, share); 1 while sums are there that nobody has read
+    mFlag: Any
 
 
 class _Out(NamedTuple):
@@ -310,6 +326,8 @@ class GroupedGemmSm90:
         mPaddedOffset: cute.Tensor,
         mD: cute.Tensor,
         mHScale: cute.Tensor | None,
+        mSums: cute.Tensor | None,
+        mFlag: cute.Tensor | None,
         limit: cutlass.Float32,
         n: cutlass.Int32,
         group_rows: cutlass.Int32,
@@ -328,6 +346,8 @@ class GroupedGemmSm90:
             mPaddedOffset: (E + 1,) int32.
             mD: (rows, columns) bf16, rows maybe further apart than they are long.
             mHScale: (E,) fp32; swiglu_nvfp4 only.
+            mSums: (clusters, tile_w * tile_n) fp32, at least max_active_clusters; even only.
+            mFlag: (clusters, num_consumers) int32, zeros before and after; even only.
             limit: of SwiGLU, infinity for none.
             n: weight rows of an expert, without padding.
             group_rows, group_columns: what each expert's rows and columns of D begin at.
@@ -347,21 +367,26 @@ class GroupedGemmSm90:
         # As many as there could be: only the device knows how many there are.
         num_tiles = cute.ceil_div(num_rows, config.tile_n) + cute.size(mCount)
         num_tiles = num_tiles * cute.ceil_div(n, config.tile_w * config.cluster_w)
+        if cutlass.const_expr(config.even):
+            num_tiles = max_active_clusters
         clusters = cutlass.min(num_tiles, max_active_clusters)
         out = _Out(
             mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit, mCount,
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
-        self.kernel(tiled_mma, tma_x, mX, weights, out).launch(
-            grid=(clusters * config.cluster, 1, 1),
+        exchange = self._exchange(mSums, mFlag)
+        self.kernel(tiled_mma, tma_x, mX, weights, out, exchange).launch(
+            grid=(clusters * config.cluster_w, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
-            cluster=(config.cluster, 1, 1),
+            cluster=(config.cluster_w, 1, 1),
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out) -> None:
+    def kernel(
+        self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, exchange: _Exchange
+    ) -> None:
         """Sets up barriers and the list of tiles, then every warp takes its role."""
         config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -373,8 +398,6 @@ class GroupedGemmSm90:
                 for stage in cutlass.range_constexpr(config.num_stages):
                     cute.arch.mbarrier_init(smem.full + stage, 1)
                     cute.arch.mbarrier_init(smem.empty + stage, config.load_warp * config.cluster_w)
-                cute.arch.mbarrier_init(smem.ready, config.load_warp * config.split_k)
-                cute.arch.mbarrier_init(smem.read, config.load_warp * config.split_k)
         if warp == config.load_warp:
             hopper.count_tiles(out.mCount, smem.sTile, config.tile_n)
         # Behind this barrier all mbarriers are initialised, and the tiles are in shared memory.
@@ -388,15 +411,15 @@ class GroupedGemmSm90:
                 self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
-            self._consume(tiled_mma, smem, tiles, out)
+            self._consume(tiled_mma, smem, tiles, out, exchange)
         # Others may still write to a CTA's shared memory, or read it.
-        if cutlass.const_expr(config.cluster > 1):
+        if cutlass.const_expr(config.cluster_w > 1):
             self._sync()
 
     @cute.jit
     def _sync(self) -> None:
         """A barrier of all threads of the cluster."""
-        if cutlass.const_expr(self.config.cluster > 1):
+        if cutlass.const_expr(self.config.cluster_w > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
@@ -421,12 +444,13 @@ class GroupedGemmSm90:
             # Of a cluster that shares tokens, each CTA loads its part for all.
             tXsX, tXgX = cpasync.tma_partition(
                 tma_x,
-                tiles.rank % config.cluster_w,
+                tiles.rank,
                 cute.make_layout(config.cluster_w),
                 cute.group_modes(smem.sX, 0, 2),
                 cute.group_modes(gX, 0, 2),
             )
-            for k_tile in cutlass.range(tiles.first_k, tiles.end_k, unroll=1):
+            first_k, end_k = self._steps(tiles, tile)
+            for k_tile in cutlass.range(first_k, end_k, unroll=1):
                 cute.arch.mbarrier_wait(smem.empty + index, phase)
                 full = smem.full + index
                 with cute.arch.elect_one():
@@ -447,8 +471,10 @@ class GroupedGemmSm90:
                     phase = phase ^ 1
 
     @cute.jit
-    def _consume(self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out) -> None:
-        """Two warpgroups: each decodes its blocks of rows, multiplies them with all tokens of the tile, and stores."""
+    def _consume(
+        self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out, exchange: _Exchange
+    ) -> None:
+        """Warpgroups: each decodes its blocks of rows, multiplies them with all tokens of the tile, and stores."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
         group, thread = cute.arch.make_warp_uniform(thread // WARPGROUP), thread % WARPGROUP
@@ -460,13 +486,13 @@ class GroupedGemmSm90:
         tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2 if config.overlap else 1)]
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         in_flight = 1 if config.overlap else 0
-        exchange = cutlass.Int32(0)
         index, phase = cutlass.Int32(0), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             place = self._place(self._find(tiles, tile), group, thread, out)
             acc.fill(0.0)
             last = cutlass.Int32(-1)
-            for _ in cutlass.range(tiles.first_k, tiles.end_k, unroll=1):
+            first_k, end_k = self._steps(tiles, tile)
+            for _ in cutlass.range(first_k, end_k, unroll=1):
                 cute.arch.mbarrier_wait(smem.full + index, phase)
                 for half in cutlass.range_constexpr(TILE_K // LOAD_K):
                     tCrA_half = tCrA[half % len(tCrA)]
@@ -494,11 +520,15 @@ class GroupedGemmSm90:
             # (column pair, row g or g + 8, 8 tokens, blocks)
             sums = cute.make_layout((2, 2, config.tile_n // 8, config.blocks_of_warpgroup))
             sums = cute.make_tensor(acc.iterator, sums)
-            if cutlass.const_expr(config.split_k > 1):
-                self._share(sums, smem, group, thread, exchange)
-            self._store(sums, smem, place, tiles.rank, group, thread, out)
-            if cutlass.const_expr(config.split_k > 1):
-                exchange = exchange ^ 1
+            if cutlass.const_expr(config.even):
+                if first_k > 0:
+                    self._leave(sums, exchange, tiles.share, group, thread)
+                else:
+                    if end_k < tiles.num_k:
+                        self._add(sums, exchange, tiles, (tile + 1) * tiles.num_k, group, thread)
+                    self._store(sums, smem, place, group, thread, out)
+            else:
+                self._store(sums, smem, place, group, thread, out)
 
     @cute.jit
     def _release(self, smem: _Smem, index: Any) -> None:
@@ -526,39 +556,37 @@ class GroupedGemmSm90:
         return _Place(at.expert, block, num_tokens, row, alphas)
 
     @cute.jit
-    def _share(self, sums: cute.Tensor, smem: _Smem, group: Any, thread: Any, exchange: Any) -> None:
-        """Adds the sums of all CTAs of a split, in the order of their ranks, to every 8 tokens that are this CTA's."""
-        config = self.config
-        # (4 sums of a thread and 8 tokens, 8 tokens, blocks)
-        num_chunks = config.tile_n // 8
-        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, num_chunks, config.blocks_of_warpgroup)))
-        # Nobody reads the sums of the last tile any more.
-        cute.arch.mbarrier_wait(smem.read, exchange ^ 1)
-        cute.autovec_copy(quads, smem.sPartial[None, thread, None, None, group])
-        self._tell_all(smem.ready)
-        cute.arch.mbarrier_wait(smem.ready, exchange)
-        cute.arch.fence_acq_rel_cluster()
-        for chunk in cutlass.range_constexpr(num_chunks):
-            if chunk % config.split_k == cute.arch.block_idx_in_cluster():
-                for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-                    rSum = cute.make_rmem_tensor(4, cutlass.Float32)
-                    rSum.fill(0.0)
-                    mine = smem.sPartial[None, thread, chunk, b, group].iterator
-                    for cta in cutlass.range_constexpr(config.split_k):
-                        peer = hopper.load_f32x4(cute.arch.map_dsmem_ptr(mine, cta))
-                        for i in cutlass.range_constexpr(4):
-                            rSum[i] = rSum[i] + peer[i]
-                    cute.autovec_copy(rSum, quads[None, chunk, b])
-        self._tell_all(smem.read)
+    def _leave(self, sums: cute.Tensor, exchange: _Exchange, share: Any, group: Any, thread: Any) -> None:
+        """Warpgroup: leaves its sums of the last steps of a tile to the CTA with its first."""
+        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, self.config.sums_of_thread // 4)))
+        cute.autovec_copy(quads, exchange.mSums[None, thread, None, group, share])
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        if thread == 0:
+            flag = exchange.mFlag.iterator + exchange.mFlag.layout((group, share))
+            cute.arch.store(flag, cutlass.Int32(1), sem="release", scope="gpu")
 
     @cute.jit
-    def _tell_all(self, barrier: Any) -> None:
-        """This warp arrives at a barrier of every CTA of the cluster, behind what it has read and written."""
-        cute.arch.fence_acq_rel_cluster()
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            for cta in cutlass.range_constexpr(self.config.split_k):
-                cute.arch.mbarrier_arrive(barrier, cta)
+    def _add(
+        self, sums: cute.Tensor, exchange: _Exchange, tiles: _Tiles, end_step: Any, group: Any, thread: Any
+    ) -> None:
+        """Warpgroup: adds what others have left of the tile whose steps end before end_step, in their order."""
+        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, self.config.sums_of_thread // 4)))
+        rSums = cute.make_rmem_tensor(quads.shape, cutlass.Float32)
+        share = tiles.share + 1
+        while self._first_step(tiles, share) < end_step:
+            flag = exchange.mFlag.iterator + exchange.mFlag.layout((group, share))
+            if thread == 0:
+                there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
+                while there == 0:
+                    there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+            cute.autovec_copy(exchange.mSums[None, thread, None, group, share], rSums)
+            quads.store(quads.load() + rSums.load())
+            if thread == 0:
+                # Nobody else reads it in this launch, and the next one finds it as this one did.
+                cute.arch.store(flag, cutlass.Int32(0))
+            share += 1
 
     @cute.jit
     def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
@@ -597,18 +625,13 @@ class GroupedGemmSm90:
                     rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, i // 2)
 
     @cute.jit
-    def _store(
-        self, sums: cute.Tensor, smem: _Smem, place: _Place, rank: Any, group: Any, thread: Any, out: _Out
-    ) -> None:
+    def _store(self, sums: cute.Tensor, smem: _Smem, place: _Place, group: Any, thread: Any, out: _Out) -> None:
         """Warpgroup: its blocks of sums, times alpha, a unit of tokens after the other, to D."""
         config = self.config
         sOut = smem.sOut[None, None, group]
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
             for unit in cutlass.range_constexpr(config.tile_n // config.unit_tokens):
-                mine = unit * config.unit_tokens < place.num_tokens
-                if cutlass.const_expr(config.split_k > 1):
-                    mine = mine & (unit % config.split_k == rank)
-                if mine:
+                if unit * config.unit_tokens < place.num_tokens:
                     # Behind this barrier the last unit has been read.
                     cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
                     self._put(sums, sOut, b, unit, thread, place, out)
@@ -692,25 +715,64 @@ class GroupedGemmSm90:
         before = tiles.sTile[expert]
         num_token_tiles = tiles.sTile[expert + 1] - before
         in_expert = tile - before * tiles.num_w
-        w_tile = in_expert // num_token_tiles * self.config.cluster_w + tiles.rank % self.config.cluster_w
+        w_tile = in_expert // num_token_tiles * self.config.cluster_w + tiles.rank
         return _Tile(expert, w_tile, in_expert % num_token_tiles * self.config.tile_n)
 
+    @cute.jit
     def _tiles(self, mW: cute.Tensor, n: Any, sTile: cute.Tensor) -> _Tiles:
         config = self.config
         num_w = cute.ceil_div(n, config.tile_w * config.cluster_w)
         num_k = cute.size(mW, mode=[1])
-        cta = cute.arch.block_idx()[0]
-        rank = cta % config.cluster
-        part = rank % config.split_k
-        return _Tiles(
-            first=cta // config.cluster,
-            end=sTile[MAX_EXPERTS] * num_w,
-            step=cute.arch.grid_dim()[0] // config.cluster,
+        num_tiles = sTile[MAX_EXPERTS] * num_w
+        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        tiles = _Tiles(
+            first=cta // config.cluster_w,
+            end=num_tiles,
+            step=num_ctas // config.cluster_w,
             num_w=num_w,
+            num_k=num_k,
             sTile=sTile,
-            rank=rank,
-            first_k=part * num_k // config.split_k,
-            end_k=(part + 1) * num_k // config.split_k,
+            rank=cta % config.cluster_w,
+            num_shares=cutlass.min(num_ctas, cutlass.max(num_tiles * num_k // MIN_STEPS, 1)),
+            share=cutlass.Int32(0),
+            first_step=cutlass.Int32(0),
+            end_step=cutlass.Int32(0),
+        )
+        if cutlass.const_expr(config.even):
+            # Shares go to CTAs in descending order: see the module's text. A CTA may have none: its tiles end at once.
+            share = tiles.num_shares - 1 - cta
+            first_step, end_step = self._first_step(tiles, share), self._first_step(tiles, share + 1)
+            first = cutlass.max(first_step, 0) // num_k
+            end = cutlass.select_((share >= 0) & (end_step > first_step), cute.ceil_div(end_step, num_k), first)
+            tiles = tiles._replace(
+                first=first, end=end, step=1, share=share, first_step=first_step, end_step=end_step
+            )
+        return tiles
+
+    @cute.jit
+    def _first_step(self, tiles: _Tiles, share: Any) -> Any:
+        """Returns the first step of a share, of all tiles end to end; behind the last, how many there are."""
+        total = tiles.sTile[MAX_EXPERTS] * tiles.num_w * tiles.num_k
+        more = total % tiles.num_shares
+        return cutlass.min(share * (total // tiles.num_shares) + cutlass.min(share, more), total)
+
+    @cute.jit
+    def _steps(self, tiles: _Tiles, tile: Any) -> tuple[Any, Any]:
+        """Returns the first step of K that this CTA has of a tile, and the one behind the last."""
+        if cutlass.const_expr(self.config.even):
+            before = tile * tiles.num_k
+            return cutlass.max(tiles.first_step - before, 0), cutlass.min(tiles.end_step - before, tiles.num_k)
+        return cutlass.Int32(0), tiles.num_k
+
+    def _exchange(self, mSums: cute.Tensor | None, mFlag: cute.Tensor | None) -> _Exchange:
+        """Returns sums and flags as consumers index them."""
+        config = self.config
+        if mSums is None or mFlag is None:
+            return _Exchange(None, None)
+        shape = (4, WARPGROUP, config.sums_of_thread // 4, config.num_consumers, mSums.shape[0])
+        flags = cute.make_layout((config.num_consumers, mFlag.shape[0]))
+        return _Exchange(
+            cute.make_tensor(mSums.iterator, cute.make_layout(shape)), cute.make_tensor(mFlag.iterator, flags)
         )
 
     def _blocks(self, prepared: cute.Tensor, block_bytes: int) -> cute.Tensor:
@@ -747,11 +809,6 @@ class GroupedGemmSm90:
         # Swizzled buffers first: they want the largest alignment.
         sX = smem.allocate_tensor(cutlass.BFloat16, x_layout.outer, SWIZZLE_BYTES, x_layout.inner)
         blocks = (config.blocks, config.num_stages)
-        partial = None
-        if cutlass.const_expr(config.split_k > 1):
-            shape = (4, WARPGROUP, config.tile_n // 8, config.blocks_of_warpgroup, config.num_consumers)
-            layout = cute.make_layout(shape)
-            partial = smem.allocate_tensor(cutlass.Float32, layout, 128)
         return _Smem(
             sW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_BYTES // 4, *blocks)), 128),
             sSFW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128),
@@ -759,12 +816,9 @@ class GroupedGemmSm90:
             sOut=smem.allocate_tensor(
                 cutlass.Float32, cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers)), 128
             ),
-            sPartial=partial,
             sTile=smem.allocate_tensor(cutlass.Int32, cute.make_layout(MAX_EXPERTS + 1), 16),
             full=smem.allocate_array(cutlass.Int64, config.num_stages),
             empty=smem.allocate_array(cutlass.Int64, config.num_stages),
-            ready=smem.allocate_array(cutlass.Int64, 1),
-            read=smem.allocate_array(cutlass.Int64, 1),
         )
 
 
@@ -800,6 +854,8 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
             assumed_align=TMA_BYTES,
         ),
         matrix(cutlass.Float32, experts, align=4) if config.epilogue == SWIGLU_NVFP4 else None,
+        matrix(cutlass.Float32, cute.sym_int(), config.tile_w * config.tile_n) if config.even else None,
+        matrix(cutlass.Int32, cute.sym_int(), config.num_consumers, align=4) if config.even else None,
         cutlass.Float32(1.0),
         cutlass.Int32(1),
         cutlass.Int32(0),

@@ -83,22 +83,6 @@ def scale_pairs(word: Any) -> tuple[Any, Any]:
     return ((word << 4) & _SCALE_MASK) | _SCALE_BITS, ((word >> 4) & _SCALE_MASK) | _SCALE_BITS
 
 
-def load_f32x4(pointer: cute.Pointer) -> tuple[Any, ...]:
-    """Four FP32 from shared memory of any CTA of the cluster.
-
-    Args:
-        pointer: from `map_dsmem_ptr`, 16-byte aligned.
-
-    Returns:
-        Four Float32.
-    """
-    return cute.arch.inline_ptx(
-        "ld.shared::cluster.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[cutlass.Float32] * 4,
-        read_only_args=[cutlass.Int32(pointer.toint())],
-    )
-
-
 @cute.jit
 def count_tiles(mCount: cute.Tensor, sTile: cute.Tensor, tile_n: cutlass.Constexpr[int]) -> None:
     """One warp: sTile[e] = token tiles of all experts before e; a lane has MAX_EXPERTS / 32 neighbours.

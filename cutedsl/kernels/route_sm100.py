@@ -20,12 +20,14 @@ Rejected: one CTA for each slice of experts, reading all ids: it must still coun
 begin, so no CTA is done before a single CTA would be. Global atomics or a chain of CTAs: workspaces to clear, and waiting
 for CTAs that need not be running. A small batch gets a cluster of one CTA: it meets nobody.
 
+Nothing here is of Blackwell alone: `route_sm90` is this kernel too.
+
 Names: mIds, mSlotToken, ... global tensors; sCount, ... shared memory; bin, slot, tile as above.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import cutlass
 import torch
@@ -62,8 +64,11 @@ class Config:
         id_bits: of an id, 32 or 64.
         mapped: there is an expert_map.
         num_ctas: of the cluster.
-        arch: a key of ARCHS.
+        arch: one of archs.
+        archs: those that the kernel is for.
     """
+
+    archs: ClassVar[Collection[str]] = ARCHS
 
     top_k: int
     id_bits: int = 32
@@ -71,14 +76,14 @@ class Config:
     num_ctas: int = 1
     arch: str = "sm_100a"
 
-    def validate(self) -> "Config":
+    def validate(self) -> Self:
         """Returns itself.
 
         Raises:
             ValueError: the kernel could not be compiled, or could not run on the architecture.
         """
-        if self.arch not in ARCHS:
-            raise ValueError(f"Config: arch is {self.arch!r}, expected one of {sorted(ARCHS)}")
+        if self.arch not in self.archs:
+            raise ValueError(f"Config: arch is {self.arch!r}, expected one of {sorted(self.archs)}")
         if not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(f"Config: top_k is {self.top_k}, expected 1 .. {MAX_TOP_K}")
         if self.id_bits not in (32, 64):
@@ -106,8 +111,12 @@ def choose_config(num_tokens: int, top_k: int, id_bits: int, mapped: bool, arch:
 
     The choice follows from counting steps; it has not been measured on a B200.
     """
-    small = num_tokens * top_k <= SMALL_STEPS * THREADS
-    return Config(top_k, id_bits, mapped, 1 if small else max(CLUSTER_SIZES), arch).validate()
+    return Config(top_k, id_bits, mapped, cluster_size(num_tokens * top_k), arch).validate()
+
+
+def cluster_size(num_choices: int) -> int:
+    """CTAs that choose_config takes."""
+    return 1 if num_choices <= SMALL_STEPS * THREADS else max(CLUSTER_SIZES)
 
 
 class Route(NamedTuple):
@@ -459,7 +468,7 @@ def compiled(config: Config, line_info: bool | None = None) -> Callable[..., Non
         config: which kernel.
         line_info: as cutedsl.compile takes it.
     """
-    return compiler.compiled(RouteSm100, config, lambda: _stand_ins(config), config.arch, line_info)
+    return compiler.compiled(RouteSm100, config, lambda: stand_ins(config), config.arch, line_info)
 
 
 def check(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: Route) -> None:
@@ -467,20 +476,20 @@ def check(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: Route) -
     _check("topk_ids", topk_ids, (torch.int32, torch.int64), (None, None), topk_ids)
     num_tokens, top_k = topk_ids.shape
     if not 1 <= top_k <= MAX_TOP_K:
-        raise ValueError(f"route_sm100: top_k is {top_k}, expected 1 .. {MAX_TOP_K}")
+        raise ValueError(f"route: top_k is {top_k}, expected 1 .. {MAX_TOP_K}")
     if num_tokens * top_k > MAX_CHOICES:
         raise ValueError(
-            f"route_sm100: {num_tokens} tokens have {num_tokens * top_k} choices, expected at most {MAX_CHOICES}: slots "
+            f"route: {num_tokens} tokens have {num_tokens * top_k} choices, expected at most {MAX_CHOICES}: slots "
             "are int32; split the batch"
         )
     if expert_map is not None:
         _check("expert_map", expert_map, (torch.int32,), (None,), topk_ids)
         if not len(expert_map):
-            raise ValueError("route_sm100: expert_map is empty, expected (num_global_experts,); pass None for no map")
+            raise ValueError("route: expert_map is empty, expected (num_global_experts,); pass None for no map")
     _check("count", out.count, (torch.int32,), (None,), topk_ids)
     num_experts = len(out.count)
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ValueError(f"route_sm100: count has {num_experts} experts, expected 1 .. {MAX_EXPERTS}")
+        raise ValueError(f"route: count has {num_experts} experts, expected 1 .. {MAX_EXPERTS}")
     sizes = route_sizes(num_tokens, top_k, num_experts)
     for name, tensor, size in zip(Route._fields, out, sizes, strict=True):
         _check(name, tensor, (torch.int32,), (int(size),), topk_ids)
@@ -489,12 +498,12 @@ def check(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: Route) -
 def _check(
     name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], ids: torch.Tensor
 ) -> None:
-    registry.check_tensor("route_sm100", name, tensor, dtypes, shape, ids.device)
+    registry.check_tensor("route", name, tensor, dtypes, shape, ids.device)
     if not tensor.is_contiguous():
-        raise ValueError(f"route_sm100: {name} has strides {tensor.stride()}, expected contiguous; copy it")
+        raise ValueError(f"route: {name} has strides {tensor.stride()}, expected contiguous; copy it")
 
 
-def _stand_ins(config: Config) -> tuple[Any, ...]:
+def stand_ins(config: Config) -> tuple[Any, ...]:
     """Returns what the kernel is compiled with: route's arguments with symbolic sizes."""
 
     def vector(size: Any = None) -> Any:
