@@ -6,7 +6,8 @@ structured code. Asynchronous operations (copies, tensor-core work) wait in the 
 
 * eager: at issue, as soon as what was issued before in the same in-order queue is done;
 * random: at random moments, warps and operations picked by a seeded generator;
-* lazy: only when no warp can run; newest load first, stores last.
+* lazy: only when no warp can run, or none has waited for long (a warp that polls can always run); newest load first, stores
+  last.
 
 Each order is one that hardware may take; they find different faults.
 """
@@ -39,6 +40,8 @@ POLICIES = ("eager", "random", "lazy")
 # Warp instructions after which a launch counts as one that never ends: some minutes.
 MAX_INSTRUCTIONS = 50_000_000
 QUANTUM = {"eager": 512, "random": 64, "lazy": 512}
+# Turns of warps after which "lazy" completes an operation although warps can run: one that polls memory can always run.
+PATIENCE = 256
 
 
 class WaitQueue:
@@ -689,8 +692,13 @@ class Machine:
 
     def _loop(self) -> None:
         policy, rng, quantum = self.policy, self.rng, QUANTUM[self.policy]
+        turns = 0
         while True:
             if self.runnable:
+                turns += 1
+                if policy == "lazy" and turns > PATIENCE:
+                    turns = 0
+                    self.engine.step_lazy()
                 if policy == "random":
                     if rng.random() < 0.5:
                         self.engine.step_random(rng)
@@ -710,7 +718,9 @@ class Machine:
                 if warp.done:
                     self._warp_done(warp)
                 self.running = None
-            elif not (self.engine.step_random(rng) if policy == "random" else self.engine.step_lazy()):
+                continue
+            turns = 0
+            if not (self.engine.step_random(rng) if policy == "random" else self.engine.step_lazy()):
                 if self.clusters:
                     self._deadlock("no warp can run and nothing is under way")
                 return

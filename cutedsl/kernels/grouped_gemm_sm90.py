@@ -252,9 +252,11 @@ class _Tiles(NamedTuple):
     sTile: Any
     # Of this CTA in its cluster.
     rank: Any
-    # With even shares: those with shares, this CTA's, its first step and the one behind its last, of all tiles end to end.
-    num_shares: Any
+    # With even shares: this CTA's, its first step and the one behind its last, of all tiles end to end. The first
+    # num_longer shares have one step more than share_steps.
     share: Any
+    share_steps: Any
+    num_longer: Any
     first_step: Any
     end_step: Any
 
@@ -560,8 +562,8 @@ class GroupedGemmSm90:
         """Warpgroup: leaves its sums of the last steps of a tile to the CTA with its first."""
         quads = cute.make_tensor(sums.iterator, cute.make_layout((4, self.config.sums_of_thread // 4)))
         cute.autovec_copy(quads, exchange.mSums[None, thread, None, group, share])
-        cute.arch.fence_acq_rel_gpu()
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        # The release covers what the other threads have stored before the barrier.
         if thread == 0:
             flag = exchange.mFlag.iterator + exchange.mFlag.layout((group, share))
             cute.arch.store(flag, cutlass.Int32(1), sem="release", scope="gpu")
@@ -572,21 +574,21 @@ class GroupedGemmSm90:
     ) -> None:
         """Warpgroup: adds what others have left of the tile whose steps end before end_step, in their order."""
         quads = cute.make_tensor(sums.iterator, cute.make_layout((4, self.config.sums_of_thread // 4)))
-        rSums = cute.make_rmem_tensor(quads.shape, cutlass.Float32)
-        share = tiles.share + 1
-        while self._first_step(tiles, share) < end_step:
-            flag = exchange.mFlag.iterator + exchange.mFlag.layout((group, share))
-            if thread == 0:
+        first, last = tiles.share + 1, self._share_of(tiles, end_step - 1)
+        # A thread for each share: all are waited for at once. There are fewer than threads, as none is of few steps.
+        if first + thread <= last:
+            flag = exchange.mFlag.iterator + exchange.mFlag.layout((group, first + thread))
+            there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
+            while there == 0:
                 there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
-                while there == 0:
-                    there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
-            cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+            # Nobody else reads it in this launch, and the next one finds it as this one did.
+            cute.arch.store(flag, cutlass.Int32(0))
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        # Few sums a thread: several shares are loaded before the first is added.
+        for share in cutlass.range(first, last + 1, unroll=max(1, min(8, 64 // self.config.sums_of_thread))):
+            rSums = cute.make_rmem_tensor(quads.shape, cutlass.Float32)
             cute.autovec_copy(exchange.mSums[None, thread, None, group, share], rSums)
             quads.store(quads.load() + rSums.load())
-            if thread == 0:
-                # Nobody else reads it in this launch, and the next one finds it as this one did.
-                cute.arch.store(flag, cutlass.Int32(0))
-            share += 1
 
     @cute.jit
     def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
@@ -725,6 +727,8 @@ class GroupedGemmSm90:
         num_k = cute.size(mW, mode=[1])
         num_tiles = sTile[MAX_EXPERTS] * num_w
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        num_steps = num_tiles * num_k
+        num_shares = cutlass.min(num_ctas, cutlass.max(num_steps // MIN_STEPS, 1))
         tiles = _Tiles(
             first=cta // config.cluster_w,
             end=num_tiles,
@@ -733,28 +737,34 @@ class GroupedGemmSm90:
             num_k=num_k,
             sTile=sTile,
             rank=cta % config.cluster_w,
-            num_shares=cutlass.min(num_ctas, cutlass.max(num_tiles * num_k // MIN_STEPS, 1)),
-            share=cutlass.Int32(0),
+            # In descending order: see the module's text. A CTA may have none: its tiles end at once.
+            share=num_shares - 1 - cta,
+            share_steps=num_steps // num_shares,
+            num_longer=num_steps % num_shares,
             first_step=cutlass.Int32(0),
             end_step=cutlass.Int32(0),
         )
         if cutlass.const_expr(config.even):
-            # Shares go to CTAs in descending order: see the module's text. A CTA may have none: its tiles end at once.
-            share = tiles.num_shares - 1 - cta
-            first_step, end_step = self._first_step(tiles, share), self._first_step(tiles, share + 1)
+            first_step, end_step = self._first_step(tiles, tiles.share), self._first_step(tiles, tiles.share + 1)
             first = cutlass.max(first_step, 0) // num_k
-            end = cutlass.select_((share >= 0) & (end_step > first_step), cute.ceil_div(end_step, num_k), first)
-            tiles = tiles._replace(
-                first=first, end=end, step=1, share=share, first_step=first_step, end_step=end_step
-            )
+            end = cutlass.select_((tiles.share >= 0) & (end_step > first_step), cute.ceil_div(end_step, num_k), first)
+            tiles = tiles._replace(first=first, end=end, step=1, first_step=first_step, end_step=end_step)
         return tiles
 
     @cute.jit
     def _first_step(self, tiles: _Tiles, share: Any) -> Any:
-        """Returns the first step of a share, of all tiles end to end; behind the last, how many there are."""
-        total = tiles.sTile[MAX_EXPERTS] * tiles.num_w * tiles.num_k
-        more = total % tiles.num_shares
-        return cutlass.min(share * (total // tiles.num_shares) + cutlass.min(share, more), total)
+        """Returns the first step of a share; behind the last share, how many steps there are."""
+        return share * tiles.share_steps + cutlass.min(share, tiles.num_longer)
+
+    @cute.jit
+    def _share_of(self, tiles: _Tiles, step: Any) -> Any:
+        """Returns the share that a step is in."""
+        longer_steps = tiles.num_longer * (tiles.share_steps + 1)
+        return cutlass.select_(
+            step < longer_steps,
+            step // (tiles.share_steps + 1),
+            tiles.num_longer + (step - longer_steps) // cutlass.max(tiles.share_steps, 1),
+        )
 
     @cute.jit
     def _steps(self, tiles: _Tiles, tile: Any) -> tuple[Any, Any]:
