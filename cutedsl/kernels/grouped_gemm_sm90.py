@@ -28,7 +28,8 @@ Even shares. With few tokens there are few tiles, and a last round of them would
 laid end to end, and every CTA gets as many steps of K of that row as any other, wherever that cuts a tile. Who has the
 first steps of a tile finishes it: it waits for the sums of those that have the others, which come through global memory,
 and adds them in their order: no atomics, the same result each time. It waits only for CTAs of lower index, which have been
-started before it, so that even a GPU with room for one CTA at a time gets through.
+started before it, so that even a GPU with room for one CTA at a time gets through. A sum itself says that it is there, by
+not being +0, for which -0 is left: a flag would need a fence, and a fence waits for all loads under way.
 
 Clusters. With many tokens the loads of X are what is too much for L2. Then (`cluster_w`) two CTAs take neighbouring weight
 tiles of the same tokens, and each loads half of the tokens for both.
@@ -53,7 +54,7 @@ from cutlass.utils import hopper_helpers
 
 from cutedsl import compile as compiler
 from cutedsl.formats import NVFP4
-from cutedsl.kernels import hopper
+from cutedsl.kernels import hopper, round_block
 from cutedsl.kernels.hopper import ARCHS, SWIZZLE_BYTES, TMA_BYTES, WARP, WARPGROUP
 from cutedsl.ops import registry
 
@@ -73,8 +74,14 @@ MAX_EXPERTS = 512
 MAX_TILE_N = 256
 # Columns of sums of a warpgroup: 160 registers a thread.
 MAX_SUMS = 320
+# Tokens of a tile: of a linear with few tokens and with many, and of several groups at most.
+MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 144
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
 MIN_STEPS = 4
+# Where nobody has left a sum: the bits of +0. What is left for a sum that is +0: the bits of -0.
+NOTHING, LEFT_ZERO = 0, -(1 << 31)
+# Sums that a thread loads before it looks whether they are there.
+MAX_LOADS = 64
 
 TILES_W = (128, 256)
 # Warpgroups that decode and multiply, and their registers: with few tokens sums are few, and more warps hide latency.
@@ -200,9 +207,7 @@ class Config:
         if self.num_stages < 2:
             raise ValueError(f"Config: num_stages is {self.num_stages}, expected at least 2")
         if self.cluster_w not in (1, 2) or (self.even and self.cluster_w > 1):
-            raise ValueError(
-                f"Config: cluster_w is {self.cluster_w} and even {self.even}, expected 1, or 2 and False"
-            )
+            raise ValueError(f"Config: cluster_w is {self.cluster_w} and even {self.even}, expected 1, or 2 and False")
         arch = ARCHS[self.arch]
         if self.smem_bytes > arch.smem_bytes:
             raise ValueError(
@@ -210,6 +215,89 @@ class Config:
                 "take fewer stages"
             )
         return self
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a grouped GEMM.
+
+    Attributes:
+        tokens: of the largest group, as far as the host can tell; a guess costs speed only.
+        n: weight rows of a group.
+        k: columns.
+        num_groups: experts, 1 for a linear.
+    """
+
+    tokens: int
+    n: int
+    k: int
+    num_groups: int = 1
+
+
+def choose_config(shape: Shape, epilogue: str, arch: str = "sm_90a") -> Config:
+    """The tile for so many tokens, and how the work is shared.
+
+    Args:
+        shape: sizes.
+        epilogue: one of EPILOGUES.
+        arch: a key of ARCHS.
+
+    Returns:
+        One of `all_configs`. Any computes any shape.
+
+    Raises:
+        ValueError: arch or epilogue is unknown.
+
+    Source: measured on one H200, docs/bench/sm90.md.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"choose_config: arch is {arch!r}, expected one of {sorted(ARCHS)}")
+    if shape.num_groups > 1:
+        return _grouped_config(epilogue, min(_round_tile(shape.tokens), MAX_GROUPED_TILE_N), arch)
+    num_sms = ARCHS[arch].num_sms
+    if shape.tokens <= MAX_SMALL_TILE_N:
+        tile_n = 1 << max(3, (shape.tokens - 1).bit_length())
+        # With fewer wide tiles than SMs, narrower ones in even shares.
+        even = -(-shape.n // 256) < num_sms
+        return largest_config(epilogue, 128 if even else 256, tile_n, even=even, arch=arch)
+    # Tiles of so many rows, how much of the last round of them is filled, and the rate of such a tile as measured.
+    rows = -(-shape.tokens // LARGE_TILE_N)
+    wide, narrow = (-(-shape.n // tile_w) * rows for tile_w in (512, 128))
+    rates = {
+        (256, 2, False): wide / (num_sms // 2) / -(-wide // (num_sms // 2)),
+        (128, 1, False): 0.88 * narrow / num_sms / -(-narrow // num_sms),
+        (128, 1, True): 0.76,
+    }
+    tile_w, cluster_w, even = max(rates, key=lambda choice: rates[choice])
+    return largest_config(epilogue, tile_w, LARGE_TILE_N, cluster_w=cluster_w, even=even, arch=arch)
+
+
+def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
+    """Every configuration that `choose_config` returns for an epilogue.
+
+    Raises:
+        ValueError: arch or epilogue is unknown.
+    """
+    found = [_grouped_config(epilogue, tile_n, arch) for tile_n in (8, *range(16, MAX_GROUPED_TILE_N + 1, 16))]
+    for tile_n in (8, 16, 32, MAX_SMALL_TILE_N):
+        found.append(largest_config(epilogue, 128, tile_n, even=True, arch=arch))
+        found.append(largest_config(epilogue, 256, tile_n, arch=arch))
+    for tile_w, cluster_w, even in ((256, 2, False), (128, 1, False), (128, 1, True)):
+        found.append(largest_config(epilogue, tile_w, LARGE_TILE_N, cluster_w=cluster_w, even=even, arch=arch))
+    return tuple(dict.fromkeys(found))
+
+
+def _round_tile(tokens: int) -> int:
+    return 8 if tokens <= 8 else -(-tokens // 16) * 16
+
+
+def _grouped_config(epilogue: str, tile_n: int, arch: str) -> Config:
+    """For several groups: weights are most of the work, so that tiles are wide; few tokens want even shares."""
+    # Above, sums leave no registers for two halves of a stage, and tokens are worth sharing.
+    large = tile_n > LARGE_TILE_N
+    return largest_config(
+        epilogue, 256, tile_n, overlap=not large, cluster_w=2 if large else 1, even=tile_n == 8, arch=arch
+    )
 
 
 def largest_config(
@@ -282,15 +370,6 @@ class _Place(NamedTuple):
     alphas: Any
 
 
-class _Exchange(NamedTuple):
-    """Where CTAs with even shares leave sums for others; None without."""
-
-    # FP32: (4 sums, thread, sums of a thread / 4, warpgroup, share)
-    mSums: Any
-    # Int32: (warpgroup, share); 1 while sums are there that nobody has read
-    mFlag: Any
-
-
 class _Out(NamedTuple):
     """Where results go and what they are multiplied with; None where the epilogue has no use for it."""
 
@@ -329,7 +408,6 @@ class GroupedGemmSm90:
         mD: cute.Tensor,
         mHScale: cute.Tensor | None,
         mSums: cute.Tensor | None,
-        mFlag: cute.Tensor | None,
         limit: cutlass.Float32,
         n: cutlass.Int32,
         group_rows: cutlass.Int32,
@@ -348,8 +426,7 @@ class GroupedGemmSm90:
             mPaddedOffset: (E + 1,) int32.
             mD: (rows, columns) bf16, rows maybe further apart than they are long.
             mHScale: (E,) fp32; swiglu_nvfp4 only.
-            mSums: (clusters, tile_w * tile_n) fp32, at least max_active_clusters; even only.
-            mFlag: (clusters, num_consumers) int32, zeros before and after; even only.
+            mSums: (at least max_active_clusters, tile_w * tile_n) int32, NOTHING before and after; even only.
             limit: of SwiGLU, infinity for none.
             n: weight rows of an expert, without padding.
             group_rows, group_columns: what each expert's rows and columns of D begin at.
@@ -377,8 +454,7 @@ class GroupedGemmSm90:
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
-        exchange = self._exchange(mSums, mFlag)
-        self.kernel(tiled_mma, tma_x, mX, weights, out, exchange).launch(
+        self.kernel(tiled_mma, tma_x, mX, weights, out, self._shared_sums(mSums)).launch(
             grid=(clusters * config.cluster_w, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
             cluster=(config.cluster_w, 1, 1),
@@ -387,7 +463,7 @@ class GroupedGemmSm90:
 
     @cute.kernel
     def kernel(
-        self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, exchange: _Exchange
+        self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, mSums: Any
     ) -> None:
         """Sets up barriers and the list of tiles, then every warp takes its role."""
         config = self.config
@@ -413,7 +489,7 @@ class GroupedGemmSm90:
                 self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
-            self._consume(tiled_mma, smem, tiles, out, exchange)
+            self._consume(tiled_mma, smem, tiles, out, mSums)
         # Others may still write to a CTA's shared memory, or read it.
         if cutlass.const_expr(config.cluster_w > 1):
             self._sync()
@@ -473,9 +549,7 @@ class GroupedGemmSm90:
                     phase = phase ^ 1
 
     @cute.jit
-    def _consume(
-        self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out, exchange: _Exchange
-    ) -> None:
+    def _consume(self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out, mSums: Any) -> None:
         """Warpgroups: each decodes its blocks of rows, multiplies them with all tokens of the tile, and stores."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
@@ -524,10 +598,11 @@ class GroupedGemmSm90:
             sums = cute.make_tensor(acc.iterator, sums)
             if cutlass.const_expr(config.even):
                 if first_k > 0:
-                    self._leave(sums, exchange, tiles.share, group, thread)
+                    self._leave(sums, mSums[None, thread, None, group, tiles.share])
                 else:
                     if end_k < tiles.num_k:
-                        self._add(sums, exchange, tiles, (tile + 1) * tiles.num_k, group, thread)
+                        last = self._share_of(tiles, (tile + 1) * tiles.num_k - 1)
+                        self._add(sums, mSums[None, thread, None, group, None], tiles.share + 1, last)
                     self._store(sums, smem, place, group, thread, out)
             else:
                 self._store(sums, smem, place, group, thread, out)
@@ -558,37 +633,40 @@ class GroupedGemmSm90:
         return _Place(at.expert, block, num_tokens, row, alphas)
 
     @cute.jit
-    def _leave(self, sums: cute.Tensor, exchange: _Exchange, share: Any, group: Any, thread: Any) -> None:
-        """Warpgroup: leaves its sums of the last steps of a tile to the CTA with its first."""
-        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, self.config.sums_of_thread // 4)))
-        cute.autovec_copy(quads, exchange.mSums[None, thread, None, group, share])
-        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-        # The release covers what the other threads have stored before the barrier.
-        if thread == 0:
-            flag = exchange.mFlag.iterator + exchange.mFlag.layout((group, share))
-            cute.arch.store(flag, cutlass.Int32(1), sem="release", scope="gpu")
+    def _leave(self, sums: cute.Tensor, mSums: cute.Tensor) -> None:
+        """Leaves a thread's sums of the last steps of a tile, as (4, sums / 4), to the CTA with its first."""
+        num_quads = self.config.sums_of_thread // 4
+        rBits = cute.make_tensor(cute.recast_ptr(sums.iterator, dtype=cutlass.Int32), (4, num_quads))
+        for quad in cutlass.range_constexpr(num_quads):
+            bits = [rBits[i, quad] for i in range(4)]
+            bits = [cutlass.select_(one == NOTHING, cutlass.Int32(LEFT_ZERO), one) for one in bits]
+            hopper.store_relaxed(mSums[None, quad].iterator, bits)
 
     @cute.jit
-    def _add(
-        self, sums: cute.Tensor, exchange: _Exchange, tiles: _Tiles, end_step: Any, group: Any, thread: Any
-    ) -> None:
-        """Warpgroup: adds what others have left of the tile whose steps end before end_step, in their order."""
-        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, self.config.sums_of_thread // 4)))
-        first, last = tiles.share + 1, self._share_of(tiles, end_step - 1)
-        # A thread for each share: all are waited for at once. There are fewer than threads, as none is of few steps.
-        if first + thread <= last:
-            flag = exchange.mFlag.iterator + exchange.mFlag.layout((group, first + thread))
-            there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
-            while there == 0:
-                there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
-            # Nobody else reads it in this launch, and the next one finds it as this one did.
-            cute.arch.store(flag, cutlass.Int32(0))
-        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-        # Few sums a thread: several shares are loaded before the first is added.
-        for share in cutlass.range(first, last + 1, unroll=max(1, min(8, 64 // self.config.sums_of_thread))):
-            rSums = cute.make_rmem_tensor(quads.shape, cutlass.Float32)
-            cute.autovec_copy(exchange.mSums[None, thread, None, group, share], rSums)
-            quads.store(quads.load() + rSums.load())
+    def _add(self, sums: cute.Tensor, mSums: cute.Tensor, first: Any, last: Any) -> None:
+        """Adds what others have left of a thread's sums, (4, sums / 4, share), in the order of shares first .. last."""
+        num_quads = self.config.sums_of_thread // 4
+        at_once = max(1, min(8, MAX_LOADS // self.config.sums_of_thread))
+        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, num_quads)))
+        rBits = cute.make_rmem_tensor((4, num_quads, at_once), cutlass.Int32)
+        rSums = cute.recast_tensor(rBits, cutlass.Float32)
+        for start in cutlass.range(first, last + 1, at_once, unroll=1):
+            missing = cutlass.Boolean(True)
+            while missing:
+                for i in cutlass.range_constexpr(at_once):
+                    share = cutlass.min(start + i, last)
+                    for quad in cutlass.range_constexpr(num_quads):
+                        found = hopper.load_relaxed(mSums[None, quad, share].iterator)
+                        for j in cutlass.range_constexpr(4):
+                            rBits[j, quad, i] = found[j]
+                missing = cutlass.Boolean(False)
+                for i in cutlass.range_constexpr(cute.size(rBits)):
+                    missing = missing | (rBits[i] == NOTHING)
+            for i in cutlass.range_constexpr(at_once):
+                if start + i <= last:
+                    quads.store(quads.load() + rSums[None, None, i].load())
+                    for quad in cutlass.range_constexpr(num_quads):
+                        hopper.store_relaxed(mSums[None, quad, start + i].iterator, [cutlass.Int32(NOTHING)] * 4)
 
     @cute.jit
     def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
@@ -691,10 +769,22 @@ class GroupedGemmSm90:
                     )
                     rH = cute.make_rmem_tensor(H_UNIT, cutlass.Float32)
                     cute.autovec_copy(cute.make_tensor(sOut.iterator, layout)[None, part, token], rH)
-                    rD.store(rH.load().to(cutlass.BFloat16))
+                    if cutlass.const_expr(config.epilogue == SWIGLU):
+                        rD.store(rH.load().to(cutlass.BFloat16))
+                    else:
+                        rD.store(self._round(rH, out.mHScale[place.expert]).load())
                 offset = (place.row + tile_token) * out.row_stride + place.expert * out.group_columns + column
                 gD = cute.make_tensor(out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(columns_of_unit))
                 cute.autovec_copy(rD, gD)
+
+    @cute.jit
+    def _round(self, rH: cute.Tensor, h_scale: cutlass.Float32) -> cute.Tensor:
+        """Returns a block of h rounded to NVFP4, as BF16 numbers."""
+        amax = cute.math.absf(rH[0])
+        for i in cutlass.range_constexpr(1, H_UNIT):
+            amax = cute.arch.fmax(amax, cute.math.absf(rH[i]), nan=True)
+        block_sf, _ = round_block.block_scale(amax, h_scale)
+        return round_block.unscaled(round_block.nearest_e2m1(rH, amax, block_sf, h_scale), block_sf)
 
     @cute.jit
     def _alpha(self, out: _Out, expert: Any, w_row: Any) -> cutlass.Float32:
@@ -774,16 +864,13 @@ class GroupedGemmSm90:
             return cutlass.max(tiles.first_step - before, 0), cutlass.min(tiles.end_step - before, tiles.num_k)
         return cutlass.Int32(0), tiles.num_k
 
-    def _exchange(self, mSums: cute.Tensor | None, mFlag: cute.Tensor | None) -> _Exchange:
-        """Returns sums and flags as consumers index them."""
+    def _shared_sums(self, mSums: cute.Tensor | None) -> Any:
+        """Returns (4 sums, thread, sums of a thread / 4, warpgroup, share)."""
         config = self.config
-        if mSums is None or mFlag is None:
-            return _Exchange(None, None)
+        if mSums is None:
+            return None
         shape = (4, WARPGROUP, config.sums_of_thread // 4, config.num_consumers, mSums.shape[0])
-        flags = cute.make_layout((config.num_consumers, mFlag.shape[0]))
-        return _Exchange(
-            cute.make_tensor(mSums.iterator, cute.make_layout(shape)), cute.make_tensor(mFlag.iterator, flags)
-        )
+        return cute.make_tensor(mSums.iterator, cute.make_layout(shape))
 
     def _blocks(self, prepared: cute.Tensor, block_bytes: int) -> cute.Tensor:
         """Returns (word, blocks along k, blocks along n, experts) of prepared weights or scales."""
@@ -832,6 +919,197 @@ class GroupedGemmSm90:
         )
 
 
+def grouped_gemm(
+    mX: torch.Tensor,
+    mW: torch.Tensor,
+    mSFW: torch.Tensor,
+    alpha: torch.Tensor,
+    count: torch.Tensor,
+    padded_offset: torch.Tensor,
+    mD: torch.Tensor,
+    h_scale: torch.Tensor | None = None,
+    limit: float | None = None,
+    *,
+    epilogue: str,
+    tokens: int,
+    sums: torch.Tensor,
+    n: int | None = None,
+    d_group_rows: int = 0,
+    d_group_columns: int = 0,
+    max_active_clusters: int | None = None,
+) -> None:
+    """For each expert e and its rows r: mD[r] = finish(alpha[e] * mX[r] (e2m1(mW[e]) * mSFW[e])^T).
+
+    Args:
+        mX: (P, k) bf16 - tokens, those of expert e in rows padded_offset[e] .. + count[e] - 1; P may be 0.
+        mW: (E, n up to 64, (k up to 128)/2) uint8 - codes of weights from `prepare_sm90`.
+        mSFW: (E, n up to 64, (k up to 128)/16) uint8 - their block scales, likewise.
+        alpha: bf16: (E, blocks) fp32 - factor of each n/blocks weight rows; SwiGLU: (E, 2) fp32 - of gate and of up.
+        count: (E,) int32 - tokens of each expert, 0 or more.
+        padded_offset: (E + 1,) int32 - first row of each expert. The end of the last is not used.
+        mD: (rows, columns) bf16, 16-byte aligned rows, maybe further apart than they are long. Row r of expert e of the
+            result, of n or n/2 columns, is row r - e * d_group_rows from column e * d_group_columns on; nothing else is
+            written.
+        h_scale: (E,) fp32 - input_scale of what follows, positive; swiglu_nvfp4 only.
+        limit: of SwiGLU, positive; None for no clamp, and for bf16.
+        epilogue: one of EPILOGUES.
+        tokens: of the largest group, a guess: it chooses the kernel; any gives the same result up to the order of sums.
+        sums: `sums_elements` int32, zeros - where CTAs leave sums for each other; zeros again afterwards. Launches that may
+            run at the same time need one each.
+        n: weight rows without padding; None: as many as mW has.
+        d_group_rows, d_group_columns: see mD.
+        max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs.
+
+    Raises:
+        TypeError: a tensor is of another type, or is given or missing against the epilogue.
+        ValueError: a shape, stride, device or address is not as above, k no multiple of 8, n no multiple of 8 (SwiGLU:
+            32) or of blocks, E not in 1 .. 512, or a number is out of range.
+
+    Numerics: products exact, sums FP32 in the tensor core, alpha in FP32, then one rounding to nearest even to BF16, or
+    SwiGLU as `hopper.swiglu` and one rounding to BF16 or to codes and scales as `round_block`. With even shares the order
+    of sums depends on how many tokens all experts have, not on anything that varies from run to run.
+    Graph-safe: yes, after one call with the same configuration; the launch is on torch's current stream, nothing is
+    allocated and nothing read back.
+    """
+    rows = mW.shape[1] if n is None and mW.ndim == 3 else n
+    check(
+        mX, mW, mSFW, alpha, count, padded_offset, mD, h_scale, limit,
+        epilogue=epilogue, tokens=tokens, sums=sums, n=rows, d_group_rows=d_group_rows,
+        d_group_columns=d_group_columns, max_active_clusters=max_active_clusters,
+    )  # fmt: skip
+    if mX.shape[0] == 0 or mD.shape[0] == 0:
+        return
+    config = choose_config(Shape(max(tokens, 1), rows, mX.shape[1], mW.shape[0]), epilogue)
+    if max_active_clusters is None:
+        max_active_clusters = hopper.num_sms(mX.device) // config.cluster_w
+    partial = None
+    if config.even:
+        max_active_clusters = min(max_active_clusters, sums.numel() // (config.tile_w * config.tile_n))
+        partial = sums.view(-1)[: max_active_clusters * config.tile_w * config.tile_n]
+        partial = partial.view(max_active_clusters, config.tile_w * config.tile_n)
+    limit = math.inf if limit is None else limit
+    compiled(config)(
+        mX, mW, mSFW, alpha, count, padded_offset, mD, h_scale, partial, limit, rows, d_group_rows, d_group_columns,
+        max_active_clusters,
+    )  # fmt: skip
+
+
+def sums_elements(device: torch.device) -> int:
+    """How many int32 `sums` of grouped_gemm has: for each SM the largest tile with even shares."""
+    return hopper.num_sms(device) * 128 * LARGE_TILE_N
+
+
+def check(
+    mX: torch.Tensor,
+    mW: torch.Tensor,
+    mSFW: torch.Tensor,
+    alpha: torch.Tensor,
+    count: torch.Tensor,
+    padded_offset: torch.Tensor,
+    mD: torch.Tensor,
+    h_scale: torch.Tensor | None = None,
+    limit: float | None = None,
+    *,
+    epilogue: str,
+    tokens: int,
+    sums: torch.Tensor,
+    n: int,
+    d_group_rows: int = 0,
+    d_group_columns: int = 0,
+    max_active_clusters: int | None = None,
+) -> None:
+    """Raises what grouped_gemm raises; reads no device memory."""
+    _check_numbers(epilogue, limit, tokens, max_active_clusters)
+    if min(d_group_rows, d_group_columns) < 0 or d_group_columns % BF16_UNIT:
+        raise ValueError(
+            f"grouped_gemm_sm90: d_group_rows and d_group_columns are {d_group_rows} and {d_group_columns}, expected 0 or "
+            f"more, the latter a multiple of {BF16_UNIT}"
+        )
+    device = mX.device
+    _check("mX", mX, torch.bfloat16, (None, None), device)
+    k = mX.shape[1]
+    _check("mW", mW, torch.uint8, (None, None, None), device)
+    num_experts, padded_n, padded_k = mW.shape[0], mW.shape[1], mW.shape[2] * NVFP4.codes_per_byte
+    _check_sizes(epilogue, num_experts, n, k)
+    if (padded_n, padded_k) != (-(-n // BLOCK_ROWS) * BLOCK_ROWS, -(-k // BLOCK_K) * BLOCK_K):
+        raise ValueError(
+            f"grouped_gemm_sm90: mW is prepared for {padded_n} rows and {padded_k} columns, expected {n} and {k}, up to "
+            f"multiples of {BLOCK_ROWS} and {BLOCK_K}; prepare it with cutedsl.prepare_sm90"
+        )
+    _check("mSFW", mSFW, torch.uint8, (num_experts, padded_n, padded_k // NVFP4.block_size), device)
+    _check("alpha", alpha, torch.float32, (num_experts, None if epilogue == BF16 else 2), device, 4)
+    if alpha.shape[1] < 1 or n % alpha.shape[1]:
+        raise ValueError(f"grouped_gemm_sm90: alpha has {alpha.shape[1]} blocks, expected a divisor of n, which is {n}")
+    _check("count", count, torch.int32, (num_experts,), device, 4)
+    _check("padded_offset", padded_offset, torch.int32, (num_experts + 1,), device, 4)
+    _check("sums", sums, torch.int32, (None,), device)
+    if sums.numel() < 128 * LARGE_TILE_N:
+        raise ValueError(
+            f"grouped_gemm_sm90: sums has {sums.numel()} elements, expected {sums_elements(device)} (sums_elements), of one "
+            f"tile at least, {128 * LARGE_TILE_N}"
+        )
+    columns = (num_experts - 1) * d_group_columns + (n if epilogue == BF16 else n // 2)
+    registry.check_tensor("grouped_gemm_sm90", "mD", mD, (torch.bfloat16,), (None, columns), device)
+    if mD.shape[0] and (mD.stride(1) != 1 or mD.stride(0) % BF16_UNIT or mD.data_ptr() % TMA_BYTES):
+        raise ValueError(
+            f"grouped_gemm_sm90: mD has strides {mD.stride()} and starts at {mD.data_ptr():#x}, expected neighbouring "
+            f"columns, rows apart by a multiple of {BF16_UNIT}, and a multiple of {TMA_BYTES} bytes"
+        )
+    if (h_scale is None) == (epilogue == SWIGLU_NVFP4):
+        raise TypeError(
+            f"grouped_gemm_sm90: h_scale is for {SWIGLU_NVFP4}, and only for it; the epilogue is {epilogue}"
+        )
+    if h_scale is not None:
+        _check("h_scale", h_scale, torch.float32, (num_experts,), device, 4)
+
+
+def _check_numbers(epilogue: str, limit: float | None, tokens: int, max_active_clusters: int | None) -> None:
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"grouped_gemm_sm90: epilogue is {epilogue!r}, expected one of {EPILOGUES}")
+    if limit is not None and (epilogue == BF16 or not limit > 0):
+        raise ValueError(
+            f"grouped_gemm_sm90: limit is {limit} with {epilogue}, expected a positive number with SwiGLU, or None"
+        )
+    if tokens < 0:
+        raise ValueError(f"grouped_gemm_sm90: tokens is {tokens}, expected 0 or more")
+    if max_active_clusters is not None and max_active_clusters < 1:
+        raise ValueError(
+            f"grouped_gemm_sm90: max_active_clusters is {max_active_clusters}, expected at least 1, or None"
+        )
+
+
+def _check_sizes(epilogue: str, num_experts: int, n: int, k: int) -> None:
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"grouped_gemm_sm90: mW has {num_experts} experts, expected 1 .. {MAX_EXPERTS}")
+    if k < K_MULTIPLE or k % K_MULTIPLE:
+        raise ValueError(
+            f"grouped_gemm_sm90: k is {k}, expected a positive multiple of {K_MULTIPLE}: TMA loads rows of 16 bytes; pad K"
+        )
+    multiple = N_MULTIPLE[epilogue]
+    if n < multiple or n % multiple:
+        raise ValueError(
+            f"grouped_gemm_sm90: n is {n} with {epilogue}, expected a positive multiple of {multiple}; pad N"
+        )
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    align: int = TMA_BYTES,
+) -> None:
+    registry.check_tensor("grouped_gemm_sm90", name, tensor, (dtype,), shape, device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"grouped_gemm_sm90: {name} has strides {tensor.stride()}, expected contiguous rows; copy it")
+    if tensor.data_ptr() % align:
+        raise ValueError(
+            f"grouped_gemm_sm90: {name} starts at {tensor.data_ptr():#x}, expected a multiple of {align} bytes; "
+            "a slice of a larger tensor may need a copy"
+        )
+
+
 def compiled(config: Config, line_info: bool | None = None) -> Callable[..., None]:
     """The compiled kernel: takes what GroupedGemmSm90.__call__ does, unchecked, without the stream.
 
@@ -864,8 +1142,7 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
             assumed_align=TMA_BYTES,
         ),
         matrix(cutlass.Float32, experts, align=4) if config.epilogue == SWIGLU_NVFP4 else None,
-        matrix(cutlass.Float32, cute.sym_int(), config.tile_w * config.tile_n) if config.even else None,
-        matrix(cutlass.Int32, cute.sym_int(), config.num_consumers, align=4) if config.even else None,
+        matrix(cutlass.Int32, cute.sym_int(), config.tile_w * config.tile_n) if config.even else None,
         cutlass.Float32(1.0),
         cutlass.Int32(1),
         cutlass.Int32(0),

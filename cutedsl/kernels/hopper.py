@@ -83,6 +83,35 @@ def scale_pairs(word: Any) -> tuple[Any, Any]:
     return ((word << 4) & _SCALE_MASK) | _SCALE_BITS, ((word >> 4) & _SCALE_MASK) | _SCALE_BITS
 
 
+def store_relaxed(pointer: cute.Pointer, values: list[Any]) -> None:
+    """Stores four Int32 where other CTAs poll them: each of the four by itself, in no order.
+
+    Args:
+        pointer: in global memory, 16-byte aligned.
+        values: four Int32.
+    """
+    cute.arch.inline_ptx(
+        "st.relaxed.gpu.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[cutlass.Int64(pointer.toint()), *values],
+    )
+
+
+def load_relaxed(pointer: cute.Pointer) -> Any:
+    """Loads four Int32 that other CTAs may be storing: each of the four by itself, in no order.
+
+    Args:
+        pointer: in global memory, 16-byte aligned.
+
+    Returns:
+        Four Int32.
+    """
+    return cute.arch.inline_ptx(
+        "ld.relaxed.gpu.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[cutlass.Int32] * 4,
+        read_only_args=[cutlass.Int64(pointer.toint())],
+    )
+
+
 @cute.jit
 def count_tiles(mCount: cute.Tensor, sTile: cute.Tensor, tile_n: cutlass.Constexpr[int]) -> None:
     """One warp: sTile[e] = token tiles of all experts before e; a lane has MAX_EXPERTS / 32 neighbours.
