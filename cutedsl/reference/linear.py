@@ -34,8 +34,9 @@ class PackedMatrix(NamedTuple):
     Attributes:
         weight: (N, K/2) uint8 - packed codes.
         weight_scale: (N, K/16) e4m3 - block scales.
-        alpha: (N,) fp32 - input_scale * weight_scale_2 of each row's shard.
-        scale_groups: the rows by distinct input_scale; together they cover 0 .. N - 1 once.
+        alpha: (N,) fp32 - input_scale * weight_scale_2 of each row's shard; weight_scale_2 if there are no groups.
+        scale_groups: the rows by distinct input_scale; together they cover 0 .. N - 1 once. Empty: activations are BF16
+            and not quantized, whatever the input scales.
     """
 
     weight: torch.Tensor
@@ -48,7 +49,7 @@ def unscaled_mm(a: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tenso
     """y = a @ (e2m1 * weight_scale)^T.
 
     Args:
-        a: (M, K) bfloat16 - codes times block scales of the activation.
+        a: (M, K) bfloat16 - codes times block scales of the activation, or the activation itself.
         weight: (N, K/2) uint8 - packed codes.
         weight_scale: (N, K/16) e4m3 - block scales.
 
@@ -72,7 +73,7 @@ def unscaled_mm(a: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tenso
 
 
 def linear_fp32(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """y = alpha * (Q(x) @ W^T), not yet rounded.
+    """y = alpha * (Q(x) @ W^T), not yet rounded; alpha * (bf16(x) @ W^T) if the matrix has no scale groups.
 
     Args:
         x: (M, K) bfloat16 or fp32.
@@ -81,8 +82,11 @@ def linear_fp32(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     Returns:
         (M, N) fp32.
 
-    Numerics: x quantized with each shard's own input_scale; alpha in fp32. Graph-safe apart from its allocations.
+    Numerics: x quantized with each shard's own input_scale, or rounded to BF16 once; alpha in fp32. Graph-safe apart from
+    its allocations.
     """
+    if not matrix.scale_groups:
+        return unscaled_mm(x.to(torch.bfloat16), matrix.weight, matrix.weight_scale).mul_(matrix.alpha)
     out = torch.empty(x.shape[0], matrix.weight.shape[0], dtype=torch.float32, device=x.device)
     for group in matrix.scale_groups:
         a = unscaled_activation(x, group.input_scale)
@@ -92,7 +96,7 @@ def linear_fp32(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """y = bf16(alpha * (Q(x) @ W^T)).
+    """y = bf16(alpha * (Q(x) @ W^T)); bf16(alpha * (x @ W^T)) if the matrix has no scale groups.
 
     Args:
         x: (M, K) bfloat16.

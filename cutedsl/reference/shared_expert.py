@@ -1,7 +1,8 @@
-"""NVFP4 shared expert: down(swiglu(gate_up(x))), with nothing rounded to BF16 in between.
+"""NVFP4 shared expert: down(swiglu(gate_up(x))), with nothing rounded to BF16 before it is quantized.
 
 The hard part is that the second quantizer sees the FP32 result of the activation, as in a fused kernel: rounding to
-BF16 first moves values across code boundaries and is a different function.
+BF16 first moves values across code boundaries and is a different function. Where activations are not quantized, that result
+is rounded to BF16 once, as the operand of the second GEMM.
 """
 
 import torch
@@ -22,7 +23,8 @@ def expert_fp32(x: torch.Tensor, gate_up: PackedMatrix, down: PackedMatrix, limi
     Returns:
         (M, H) fp32.
 
-    Numerics: each linear as linear_fp32; SwiGLU in fp32. Graph-safe apart from its allocations.
+    Numerics: each linear as linear_fp32, which quantizes or rounds its own input; SwiGLU in fp32. Graph-safe apart from
+    its allocations.
     """
     return linear_fp32(swiglu(linear_fp32(x, gate_up), limit), down)
 

@@ -44,25 +44,26 @@ def wo_a(
     num_groups: int,
     rope_dim: int,
 ) -> torch.Tensor:
-    """y[t, g] = bf16(alpha * (Q(inverse_rope(o)[t, g]) @ W[g]^T)).
+    """y[t, g] = bf16(alpha * (Q(inverse_rope(o)[t, g]) @ W[g]^T)); without Q if the matrix has no scale group.
 
     Args:
         o: (T, num_heads, head_dim) bfloat16.
         positions: (T,) int64.
         cos_sin_cache: (max_pos, rope_dim) fp32.
-        matrix: G * R x D - rows of group g at g * R; one scale group, D = num_heads * head_dim / G.
+        matrix: G * R x D - rows of group g at g * R; one scale group or none, D = num_heads * head_dim / G.
         num_groups: G.
         rope_dim: rotated elements at the end of each head.
 
     Returns:
         (T, G * R) bfloat16, group-major.
 
-    Numerics: the rotated input is rounded to BF16 and then quantized with the one input_scale; then as linear.
+    Numerics: the rotated input is rounded to BF16 and then, if there is one, quantized with the input_scale; then as linear.
     Graph-safe apart from its allocations.
     """
-    restored = inverse_rope(o, positions, cos_sin_cache, rope_dim)
-    # A block of 16 never straddles two groups: D is a multiple of 16.
-    a = unscaled_activation(restored.flatten(1), matrix.scale_groups[0].input_scale)
+    a = inverse_rope(o, positions, cos_sin_cache, rope_dim).flatten(1)
+    if matrix.scale_groups:
+        # A block of 16 never straddles two groups: D is a multiple of 16.
+        a = unscaled_activation(a, matrix.scale_groups[0].input_scale)
     rows, d_in = matrix.weight.shape[0] // num_groups, a.shape[1] // num_groups
     out = torch.empty(o.shape[0], matrix.weight.shape[0], dtype=torch.float32, device=o.device)
     for group in range(num_groups):

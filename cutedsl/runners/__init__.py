@@ -2,8 +2,9 @@
 
 The hard part is to fail at load and not in a sentence a user reads: a scale that was never loaded is NaN, zero or
 infinite, a shard cut in the middle of a block has a K that is no multiple of 16, and both must stop the load with the
-layer's name. A runner holds the very tensors it was given, never copies (sm100 permutes them in place, and copies what
-must be padded); the products of scales (alpha) are formed once, at construction, so a scale must not be changed afterwards.
+layer's name. A runner holds the very tensors it was given, never copies (sm100 and sm90 permute them in place, and copy
+what must be padded); the products of scales (alpha) are formed once, at construction, so a scale must not be changed
+afterwards.
 """
 
 import importlib
@@ -15,7 +16,12 @@ import torch
 from cutedsl.formats import NVFP4
 from cutedsl.reference.linear import PackedMatrix, ScaleGroup
 
+# How activations enter a GEMM: quantized (W4A4), or as they are (W4A16).
+BF16 = "bf16"
+ACTIVATIONS = (NVFP4.name, BF16)
 _NAN_BYTE = 0x7F
+# Source: CUDA driver API, cuTensorMapEncodeTiled.
+_ALIGNMENT_BYTES = 16
 
 
 def select_backend(name: str, backend: str, backends: Mapping[str, Callable]) -> Callable:
@@ -29,18 +35,34 @@ def select_backend(name: str, backend: str, backends: Mapping[str, Callable]) ->
     return backends[backend]
 
 
-def import_sm100(name: str) -> Any:
-    """Returns cutedsl.runners.sm100, imported when asked for: it needs the kernel compiler.
+def import_chains(name: str, backend: str) -> Any:
+    """Returns cutedsl.runners.<backend>, imported when asked for: it needs the kernel compiler.
 
     Raises:
         ImportError: it cannot be imported.
     """
     try:
-        return importlib.import_module("cutedsl.runners.sm100")
+        return importlib.import_module(f"cutedsl.runners.{backend}")
     except ImportError as error:
         raise ImportError(
-            f"{name}: the sm100 backend cannot be imported ({error}); install nvidia-cutlass-dsl, or use another backend"
+            f"{name}: the {backend} backend cannot be imported ({error}); install nvidia-cutlass-dsl, or use another backend"
         ) from error
+
+
+def check_activations(name: str, activations: str, backend: str) -> str:
+    """Returns how activations enter the GEMMs.
+
+    Raises:
+        ValueError: it is not in ACTIVATIONS, or the backend cannot do it.
+    """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"{name}: unknown activations {activations!r}; known: {', '.join(ACTIVATIONS)}")
+    if activations == BF16 and backend == "sm100":
+        raise ValueError(
+            f"{name}: the sm100 backend has no activations in BF16: Blackwell's tensor core multiplies NVFP4 by NVFP4 here; "
+            f"use activations={NVFP4.name!r}, or another backend"
+        )
+    return activations
 
 
 def check_packed(
@@ -88,8 +110,8 @@ def check_packed(
         raise ValueError(f"{name}: {label} weight and weight_scale must be contiguous; call .contiguous() at load")
     if weight.device != weight_scale.device:
         raise ValueError(f"{name}: {label} weight is on {weight.device}, its weight_scale on {weight_scale.device}")
-    # As bytes, NaN is 0x7f and everything above has the sign bit.
-    if (weight_scale.view(torch.uint8) >= _NAN_BYTE).any():
+    # As bytes, NaN is 0x7f and everything above has the sign bit. A maximum needs no tensor of flags.
+    if int(weight_scale.view(torch.uint8).amax()) >= _NAN_BYTE:
         raise ValueError(f"{name}: {label} weight_scale holds NaN or negative values; was it loaded?")
     return k
 
@@ -130,6 +152,49 @@ def check_scale(
     return scale.view(shape)
 
 
+def check_gpu(name: str, device: torch.device, capability: tuple[int, int], backend: str) -> None:
+    """Checks that a backend's kernels run on the device: a GPU they are compiled for, or a CPU, where they are simulated.
+
+    Raises:
+        ValueError: another GPU.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != capability:
+        raise ValueError(
+            f"{name}: {device} has compute capability {torch.cuda.get_device_capability(device)}, expected {capability} "
+            f"for the {backend} backend; use another backend"
+        )
+
+
+def check_alignment(name: str, label: str, *tensors: torch.Tensor, backend: str) -> None:
+    """Checks that a matrix starts where TMA and wide loads can start.
+
+    Raises:
+        ValueError: a tensor's first byte is at no multiple of 16.
+    """
+    for tensor in tensors:
+        if tensor.data_ptr() % _ALIGNMENT_BYTES:
+            raise ValueError(
+                f"{name}: {label} has a tensor that starts at {tensor.data_ptr():#x}, expected a multiple of "
+                f"{_ALIGNMENT_BYTES} bytes for the {backend} backend; copy it at load"
+            )
+
+
+def check_one_scale(name: str, input_scale: torch.Tensor, backend: str) -> None:
+    """Checks (E, 2) input scales of gates and ups: both come from one quantization of the activation.
+
+    Raises:
+        ValueError: an expert has two different ones.
+    """
+    different = (input_scale[:, 0] != input_scale[:, 1]).nonzero().flatten().tolist()
+    if different:
+        first = different[0]
+        raise ValueError(
+            f"{name}: gate and up of {len(different)} of {len(input_scale)} experts have different input_scale, the first "
+            f"is expert {first} with {input_scale[first].tolist()}; the {backend} backend quantizes their common input "
+            "once: export with one input_scale for both, as ModelOpt does, or use another backend"
+        )
+
+
 def check_swiglu_limit(name: str, limit: float | None) -> float | None:
     """Returns the limit.
 
@@ -147,8 +212,11 @@ def pack_matrix(
     weight_scale_2: torch.Tensor,
     input_scale: torch.Tensor,
     shard_sizes: Sequence[int],
+    activations: str = NVFP4.name,
 ) -> PackedMatrix:
     """alpha[n] = input_scale[s] * weight_scale_2[s] for row n of shard s; shards grouped by equal input_scale.
+
+    With activations "bf16", alpha[n] = weight_scale_2[s], and there are no groups: input_scale plays no part.
 
     Args:
         weight: (N, K/2) uint8 - checked.
@@ -156,6 +224,7 @@ def pack_matrix(
         weight_scale_2: (num_shards,) fp32 - checked.
         input_scale: (num_shards,) fp32 - checked.
         shard_sizes: rows of each shard, sum N.
+        activations: of ACTIVATIONS - checked.
 
     Returns:
         PackedMatrix that holds `weight` and `weight_scale` themselves.
@@ -163,6 +232,8 @@ def pack_matrix(
     Numerics: the product in fp32. Reads the input scales back to the host; a load-time function.
     """
     sizes = torch.tensor(list(shard_sizes), dtype=torch.int64, device=weight.device)
+    if activations == BF16:
+        return PackedMatrix(weight, weight_scale, torch.repeat_interleave(weight_scale_2, sizes), ())
     alpha = torch.repeat_interleave(input_scale * weight_scale_2, sizes)
     first_shard: dict[float, int] = {}
     spans: dict[float, list[tuple[int, int]]] = {}

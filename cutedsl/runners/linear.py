@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
+from cutedsl.formats import NVFP4
 from cutedsl.ops import registry
 from cutedsl.reference import linear as reference
-from cutedsl.runners import check_packed, check_scale, import_sm100, pack_matrix, select_backend
+from cutedsl.runners import (
+    check_activations,
+    check_packed,
+    check_scale,
+    import_chains,
+    pack_matrix,
+    select_backend,
+)
 
 
 class LinearRunner:
-    """y = bf16(alpha * (Q(x) @ W^T)) for one layer.
+    """y = bf16(alpha * (Q(x) @ W^T)) for one layer; without Q if activations are "bf16".
 
     Args:
         name: of the layer, used in every message.
@@ -24,15 +32,17 @@ class LinearRunner:
         weight_scale_2: (num_shards,) fp32 - tensor scale of each shard, finite and positive.
         input_scale: (num_shards,) fp32 - activation's tensor scale for each shard, finite and positive.
         shard_sizes: rows of each shard, positive, sum N.
-        backend: a key of BACKENDS. sm100 prepares the weight's scales in place (`cutedsl.prepare`): nothing else can
-            use them any more.
+        backend: a key of BACKENDS. sm100 and sm90 prepare the weight in place (`cutedsl.prepare`, `cutedsl.prepare_sm90`):
+            nothing else can use it any more.
+        activations: "nvfp4": quantized with input_scale; "bf16": as they are. sm100 has nvfp4 only.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
         in_features, out_features: K and N.
         device: of the weight.
         matrix: the weight with alpha (N,) and its rows by distinct input_scale; backend reference only.
-        chain: of kernels, with its workspace; backend sm100 only.
+        activations: as given.
+        chain: of kernels, with its workspace; backends sm100 and sm90 only.
 
     Raises:
         TypeError: a type is wrong.
@@ -53,10 +63,12 @@ class LinearRunner:
         input_scale: torch.Tensor,
         shard_sizes: Sequence[int],
         backend: str = "reference",
+        activations: str = NVFP4.name,
     ) -> None:
         self.name = name
         self.backend = backend
         make_forward = select_backend(name, backend, BACKENDS)
+        self.activations = check_activations(name, activations, backend)
         self.shard_sizes = tuple(int(size) for size in shard_sizes)
         if not self.shard_sizes or min(self.shard_sizes) < 1:
             raise ValueError(f"{name}: shard_sizes are {self.shard_sizes}, expected one positive row count per shard")
@@ -67,7 +79,8 @@ class LinearRunner:
         self.weight, self.weight_scale = weight, weight_scale
         self.weight_scale_2 = check_scale(name, "weight_scale_2", weight_scale_2, shape, self.device)
         self.input_scale = check_scale(name, "input_scale", input_scale, shape, self.device)
-        self.matrix = pack_matrix(weight, weight_scale, self.weight_scale_2, self.input_scale, self.shard_sizes)
+        scales = self.weight_scale_2, self.input_scale
+        self.matrix = pack_matrix(weight, weight_scale, *scales, self.shard_sizes, activations)
         self._forward = make_forward(self)
         self.runner_id = registry.register(self, "linear")
 
@@ -83,11 +96,11 @@ def _reference(runner: LinearRunner) -> Forward:
     return lambda runner, x: reference.linear(x, runner.matrix)
 
 
-def _sm100(runner: LinearRunner) -> Forward:
-    runner.chain = import_sm100(runner.name).LinearChain(runner.name, runner.matrix)
+def _chain(runner: LinearRunner) -> Forward:
+    runner.chain = import_chains(runner.name, runner.backend).LinearChain(runner.name, runner.matrix)
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
     del runner.matrix, runner.weight, runner.weight_scale
     return lambda runner, x: runner.chain(x)
 
 
-BACKENDS: dict[str, Callable[[LinearRunner], Forward]] = {"reference": _reference, "sm100": _sm100}
+BACKENDS: dict[str, Callable[[LinearRunner], Forward]] = {"reference": _reference, "sm100": _chain, "sm90": _chain}

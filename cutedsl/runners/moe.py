@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from cutedsl.formats import NVFP4
 from cutedsl.ops import registry
 from cutedsl.reference import moe as reference
 from cutedsl.reference.linear import PackedMatrix
 from cutedsl.routing import local_expert_ids
 from cutedsl.runners import (
+    check_activations,
     check_packed,
     check_scale,
     check_swiglu_limit,
-    import_sm100,
+    import_chains,
     pack_matrix,
     select_backend,
 )
@@ -39,8 +41,10 @@ class MoeRunner:
         swiglu_limit: finite and positive, or None for no clamp.
         expert_map: (num_global_experts,) int32 or int64 - local id or -1 of a global id; None if ids are local.
         apply_router_weight_on_input: must be False.
-        backend: a key of BACKENDS. sm100 prepares weights and scales in place (`cutedsl.prepare`): nothing else can use
-            them any more.
+        backend: a key of BACKENDS. sm100 and sm90 prepare the weights in place (`cutedsl.prepare`, `cutedsl.prepare_sm90`):
+            nothing else can use them any more.
+        activations: "nvfp4": quantized with input scales, before both GEMMs; "bf16": as they are, and h rounded to BF16.
+            sm100 has nvfp4 only.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
@@ -49,15 +53,16 @@ class MoeRunner:
         num_experts: E, on this rank.
         num_global_experts: bound of the ids the op takes.
         experts: gate_up and down of each expert, views of the stacks; backend reference only.
-        chain: of kernels, with its workspace; backend sm100 only.
+        activations: as given.
+        chain: of kernels, with its workspace; backends sm100 and sm90 only.
 
     Raises:
         TypeError: a type is wrong.
         ValueError: a shape, device or value is wrong, the backend is unknown or cannot compute this layer, or the
             router's weight is to be applied to the input.
 
-    Numerics: as reference.moe; the order of sums is the backend's, and sm100 rounds each expert's output to BF16.
-    Construction reads scales back to the host.
+    Numerics: as reference.moe; the order of sums is the backend's, and sm100 and sm90 round each expert's output to
+    BF16. Construction reads scales back to the host.
     """
 
     experts: tuple[tuple[PackedMatrix, PackedMatrix], ...]
@@ -78,10 +83,12 @@ class MoeRunner:
         expert_map: torch.Tensor | None = None,
         apply_router_weight_on_input: bool = False,
         backend: str = "reference",
+        activations: str = NVFP4.name,
     ) -> None:
         self.name = name
         self.backend = backend
         make_forward = select_backend(name, backend, BACKENDS)
+        self.activations = check_activations(name, activations, backend)
         self.swiglu_limit = check_swiglu_limit(name, swiglu_limit)
         if apply_router_weight_on_input:
             raise ValueError(f"{name}: apply_router_weight_on_input is not supported; weights multiply expert outputs")
@@ -147,7 +154,10 @@ def _reference(runner: MoeRunner) -> Forward:
     w2_scales = runner.w2_weight_scale_2.split(1), runner.w2_input_scale.split(1)
     w2 = zip(runner.w2_weight, runner.w2_weight_scale, *w2_scales, strict=True)
     runner.experts = tuple(
-        (pack_matrix(*gate_up, (rows, rows)), pack_matrix(*down, (runner.out_features,)))
+        (
+            pack_matrix(*gate_up, (rows, rows), runner.activations),
+            pack_matrix(*down, (runner.out_features,), runner.activations),
+        )
         for gate_up, down in zip(w13, w2, strict=True)
     )
     return _reference_forward
@@ -166,8 +176,17 @@ def _reference_forward(
 
 
 def _sm100(runner: MoeRunner) -> Forward:
-    runner.chain = import_sm100(runner.name).MoeChain(
-        runner.name,
+    return _chained(runner, import_chains(runner.name, "sm100").MoeChain(runner.name, *_parts(runner)))
+
+
+def _sm90(runner: MoeRunner) -> Forward:
+    chains = import_chains(runner.name, "sm90")
+    return _chained(runner, chains.MoeChain(runner.name, *_parts(runner), runner.activations))
+
+
+def _parts(runner: MoeRunner) -> tuple[Any, ...]:
+    """What a chain is made of, in its order."""
+    return (
         runner.w13_weight,
         runner.w13_weight_scale,
         runner.w13_weight_scale_2,
@@ -179,9 +198,13 @@ def _sm100(runner: MoeRunner) -> Forward:
         runner.expert_map,
         runner.swiglu_limit,
     )
+
+
+def _chained(runner: MoeRunner, chain: Any) -> Forward:
+    runner.chain = chain
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
     del runner.w13_weight, runner.w13_weight_scale, runner.w2_weight, runner.w2_weight_scale
     return lambda runner, x, topk_weights, topk_ids: runner.chain(x, topk_weights, topk_ids)
 
 
-BACKENDS: dict[str, Callable[[MoeRunner], Forward]] = {"reference": _reference, "sm100": _sm100}
+BACKENDS: dict[str, Callable[[MoeRunner], Forward]] = {"reference": _reference, "sm100": _sm100, "sm90": _sm90}

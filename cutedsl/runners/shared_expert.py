@@ -1,7 +1,7 @@
 """Runner of an NVFP4 shared expert: gate_up, SwiGLU and down as one operator.
 
 The hard part is that gate and up are two shards with their own scales, and that down's input_scale belongs to the
-FP32 output of SwiGLU, which never exists as a BF16 tensor.
+FP32 output of SwiGLU, which never exists as a BF16 tensor unless activations stay BF16.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from cutedsl.formats import NVFP4
 from cutedsl.ops import registry
 from cutedsl.reference import shared_expert as reference
 from cutedsl.runners import (
+    check_activations,
     check_packed,
     check_scale,
     check_swiglu_limit,
-    import_sm100,
+    import_chains,
     pack_matrix,
     select_backend,
 )
@@ -35,15 +37,18 @@ class SharedExpertRunner:
         down_weight_scale_2: () or (1,) fp32.
         down_input_scale: () or (1,) fp32.
         swiglu_limit: finite and positive, or None for no clamp.
-        backend: a key of BACKENDS. sm100 prepares weights and scales in place (`cutedsl.prepare`): nothing else can use
-            them any more.
+        backend: a key of BACKENDS. sm100 and sm90 prepare the weights in place (`cutedsl.prepare`, `cutedsl.prepare_sm90`):
+            nothing else can use them any more.
+        activations: "nvfp4": quantized with input scales, before both GEMMs; "bf16": as they are, and h rounded to BF16.
+            sm100 has nvfp4 only.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
         in_features, out_features: both H.
         device: of the weights.
         gate_up, down: the matrices with their alphas; backend reference only.
-        chain: of kernels, with its workspace; backend sm100 only.
+        activations: as given.
+        chain: of kernels, with its workspace; backends sm100 and sm90 only.
 
     Raises:
         TypeError: a type is wrong.
@@ -68,10 +73,12 @@ class SharedExpertRunner:
         down_input_scale: torch.Tensor,
         swiglu_limit: float | None,
         backend: str = "reference",
+        activations: str = NVFP4.name,
     ) -> None:
         self.name = name
         self.backend = backend
         make_forward = select_backend(name, backend, BACKENDS)
+        self.activations = check_activations(name, activations, backend)
         self.swiglu_limit = check_swiglu_limit(name, swiglu_limit)
         rows = gate_up_weight.shape[0]
         if rows % 2:
@@ -94,6 +101,7 @@ class SharedExpertRunner:
             self.gate_up_weight_scale_2,
             self.gate_up_input_scale,
             (intermediate, intermediate),
+            activations,
         )
         self.down = pack_matrix(
             down_weight,
@@ -101,6 +109,7 @@ class SharedExpertRunner:
             check_scale(name, "down weight_scale_2", down_weight_scale_2, (1,), self.device),
             check_scale(name, "down input_scale", down_input_scale, (1,), self.device),
             (hidden,),
+            activations,
         )
         self._forward = make_forward(self)
         self.runner_id = registry.register(self, "shared_expert")
@@ -117,9 +126,9 @@ def _reference(runner: SharedExpertRunner) -> Forward:
     return lambda runner, x: reference.shared_expert(x, runner.gate_up, runner.down, runner.swiglu_limit)
 
 
-def _sm100(runner: SharedExpertRunner) -> Forward:
+def _chain(runner: SharedExpertRunner) -> Forward:
     scales = runner.gate_up_weight_scale_2, runner.gate_up_input_scale
-    runner.chain = import_sm100(runner.name).SharedExpertChain(
+    runner.chain = import_chains(runner.name, runner.backend).SharedExpertChain(
         runner.name, runner.gate_up, runner.down, *scales, runner.swiglu_limit
     )
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
@@ -127,4 +136,8 @@ def _sm100(runner: SharedExpertRunner) -> Forward:
     return lambda runner, x: runner.chain(x)
 
 
-BACKENDS: dict[str, Callable[[SharedExpertRunner], Forward]] = {"reference": _reference, "sm100": _sm100}
+BACKENDS: dict[str, Callable[[SharedExpertRunner], Forward]] = {
+    "reference": _reference,
+    "sm100": _chain,
+    "sm90": _chain,
+}

@@ -5,10 +5,7 @@
     MoE            route -> quantize (gather) -> grouped GEMM (SwiGLU, quantize) -> grouped GEMM -> finalize
     wo_a           inverse RoPE, quantize -> grouped GEMM
 
-The hard part is memory that CUDA graphs can rely on. What passes from kernel to kernel lies in a `Workspace`, which all
-runners of a kind on a device share, because layers run one after another. A call takes views of it; it grows to the
-largest batch seen so far, but never during a capture, so that the largest batch must run once before the first capture.
-A graph keeps using the buffers it was captured with: those are kept when the workspace grows.
+The hard part is memory that CUDA graphs can rely on: see `cutedsl.runners.workspace`.
 
 With few rows (`SWAP_TOKENS`) a GEMM puts weights on the tensor core's M and tokens on its N (`grouped_gemm_swap_sm100`).
 Which kernel runs depends on shapes alone, never on ids.
@@ -19,8 +16,6 @@ on. What its kernels cannot do is refused before anything is changed.
 Not verified on hardware.
 """
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,141 +31,20 @@ from cutedsl.kernels import (
     quantize_sm100,
     route_sm100,
 )
-from cutedsl.kernels.blackwell import TMA_BYTES
 from cutedsl.kernels.grouped_gemm_sm100 import BF16, SWIGLU_NVFP4
 from cutedsl.layout import TILE_ROWS, padded_shape
 from cutedsl.prepare import Operand
 from cutedsl.reference.linear import PackedMatrix
+from cutedsl.runners import check_alignment, check_gpu, check_one_scale
+from cutedsl.runners.workspace import Groups, Workspace, equal_groups, guess_tokens, workspace
 
 # Up to this many tokens (of a group, as far as the host can tell) operands are swapped: a tile of the other GEMM has 128, and
 # would be padding in part. docs/cost.md counts both ways.
 SWAP_TOKENS = TILE_ROWS - 1
+# In messages.
+_BACKEND = "sm100"
 # The kernels are compiled for sm_100a, which runs on nothing else.
 CAPABILITY = (10, 0)
-
-
-class Workspace:
-    """Buffers by name on one device, each as large as the largest that was asked for.
-
-    Whoever runs two runners of a kind at the same time, on two streams, must give one of them a workspace of its own: see
-    `workspace`.
-
-    Args:
-        device: of the buffers.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._captured: set[str] = set()
-        self._retired: list[torch.Tensor] = []
-
-    def take(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """A view of the buffer of that name, valid until the next `take` of the same name.
-
-        Args:
-            name: one name has one meaning: what is left of an earlier call are values of the same kind.
-            dtype: of an element.
-            shape: of the view.
-
-        Returns:
-            A contiguous tensor, 16-byte aligned; a buffer starts as zeros and then holds what was written last.
-
-        Raises:
-            RuntimeError: the buffer would have to grow while a graph is being captured.
-        """
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
-        capturing = _capturing(self.device)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < num_bytes:
-            if capturing:
-                raise RuntimeError(
-                    f"sm100: buffer {name!r} has {0 if buffer is None else buffer.numel()} bytes, {num_bytes} are needed, "
-                    "and a graph is being captured; run the largest batch once before the first capture"
-                )
-            if buffer is not None and name in self._captured:
-                self._retired.append(buffer)
-                self._captured.discard(name)
-            # Zeros, as scales of rows that nobody wrote are read, and must be numbers.
-            # A tensor made in inference mode could not be written outside of it later.
-            with torch.inference_mode(False):
-                buffer = self._buffers[name] = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
-        if capturing:
-            self._captured.add(name)
-        return buffer[:num_bytes].view(dtype).view(shape)
-
-
-@functools.cache
-def workspace(kind: str, device: torch.device) -> Workspace:
-    """The workspace that runners of a kind share on a device, unless `runner.chain.workspace` is set to another.
-
-    Args:
-        kind: linear, shared_expert, moe or wo_a: operators of different kinds may run at the same time.
-        device: of the weights.
-    """
-    return Workspace(device)
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Where rows of groups lie, on the device; see `grouped_gemm_sm100`, `grouped_gemm_swap_sm100`.
-
-    Attributes:
-        tile_expert: (P/128,) int32.
-        padded_offset: (G + 1,) int32.
-        count: (G,) int32; None if there are more than SWAP_TOKENS rows to a group.
-        tokens: of the largest group, as far as the host can tell.
-    """
-
-    tile_expert: torch.Tensor
-    padded_offset: torch.Tensor
-    count: torch.Tensor | None
-    tokens: int
-
-
-class EqualGroups:
-    """Groups of the same number of rows, group g's from row g * (rows up to 128) on: tables, as a call makes nothing.
-
-    Args:
-        num_groups: G.
-        device: of the tables.
-    """
-
-    def __init__(self, num_groups: int, device: torch.device) -> None:
-        self.num_groups, self.device = num_groups, device
-        sizes = torch.arange(SWAP_TOKENS + 1, dtype=torch.int32, device=device)
-        self._counts = sizes.repeat_interleave(num_groups).view(-1, num_groups)
-        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def of(self, num_tokens: int) -> Groups:
-        """The groups of num_tokens rows each, at least 1.
-
-        Raises:
-            RuntimeError: this many were never seen, and a graph is being captured.
-        """
-        num_tiles = padded_shape(num_tokens, 0)[0] // TILE_ROWS
-        if num_tiles > len(self._tables):
-            self._grow(num_tiles)
-        count = self._counts[num_tokens] if num_tokens <= SWAP_TOKENS else None
-        return Groups(*self._tables[num_tiles - 1], count, num_tokens)
-
-    def _grow(self, num_tiles: int) -> None:
-        if _capturing(self.device):
-            raise RuntimeError(
-                f"sm100: the largest batch so far had {len(self._tables) * TILE_ROWS} rows, this one has more, and a graph "
-                "is being captured; run the largest batch once before the first capture"
-            )
-        group = torch.arange(self.num_groups + 1, dtype=torch.int32, device=self.device)
-        for tiles in range(len(self._tables) + 1, num_tiles + 1):
-            self._tables.append((group[:-1].repeat_interleave(tiles), group * (tiles * TILE_ROWS)))
-
-
-@functools.cache
-def equal_groups(num_groups: int, device: torch.device) -> EqualGroups:
-    """The tables that runners with so many groups share on a device."""
-    return EqualGroups(num_groups, device)
 
 
 class LinearChain:
@@ -253,7 +127,7 @@ class SharedExpertChain:
     ) -> None:
         check_linear(name, "gate_up", gate_up)
         check_linear(name, "down", down)
-        check_one_scale(name, gate_up_input_scale.unsqueeze(0))
+        check_one_scale(name, gate_up_input_scale.unsqueeze(0), _BACKEND)
         self.hidden, self.intermediate, self.limit = _k(gate_up.weight), _k(down.weight), limit
         self.input_scale = gate_up_input_scale[:1]
         self.gate_up = prepare.prepare_experts(
@@ -325,11 +199,11 @@ class MoeChain:
                 f"{name}: there are {self.num_experts} experts on this rank, the sm100 backend takes at most "
                 f"{route_sm100.MAX_EXPERTS}; use more ranks"
             )
-        _check_gpu(name, w13_weight.device)
+        check_gpu(name, w13_weight.device, CAPABILITY, _BACKEND)
         for label, weight, scale in (("w13", w13_weight, w13_weight_scale), ("w2", w2_weight, w2_weight_scale)):
             _check_sizes(name, label, weight.shape[-2], _k(weight))
-            _check_alignment(name, label, weight, scale)
-        check_one_scale(name, w13_input_scale)
+            check_alignment(name, label, weight, scale, backend=_BACKEND)
+        check_one_scale(name, w13_input_scale, _BACKEND)
         self.hidden, self.intermediate, self.limit = _k(w13_weight), _k(w2_weight), limit
         self.num_global_experts = self.num_experts if expert_map is None else len(expert_map)
         self.expert_map = None if expert_map is None else expert_map.to(torch.int32).contiguous()
@@ -343,7 +217,8 @@ class MoeChain:
         out = x.new_empty(x.shape[0], self.hidden)
         if x.shape[0] == 0:
             return out
-        topk_weights, topk_ids = self._compact("weights", topk_weights), self._compact("ids", topk_ids)
+        compact = self.workspace.compact
+        topk_weights, topk_ids = compact("weights", topk_weights), compact("ids", topk_ids)
         route = self._route(topk_ids)
         rows = len(route.tile_expert) * TILE_ROWS
         codes, scales = _activation(self.workspace, "x", rows, self.hidden)
@@ -352,7 +227,8 @@ class MoeChain:
         quantize_sm100.quantize_slots(
             x, self.input_scale, route.slot_token, route.slot_row, route.num_slots, route.tile_expert, codes, scales
         )
-        groups = Groups(route.tile_expert, route.padded_offset, route.count, self._tokens(*topk_ids.shape))
+        tokens = guess_tokens(len(topk_ids), topk_ids.shape[1], self.num_global_experts)
+        groups = Groups(route.tile_expert, route.padded_offset, route.count, tokens)
         swiglu_gemm(codes, scales, self.w13, groups, self.limit, h_codes, h_scales, self.h_scale)
         grouped_gemm(h_codes, h_scales, self.w2, groups, y)
         finalize_sm100.finalize(y, route.choice_row, topk_weights, None, out)
@@ -365,18 +241,6 @@ class MoeChain:
         route = route_sm100.Route(**{name: take(name, torch.int32, int(size)) for name, size in sizes.items()})
         route_sm100.route(topk_ids, self.expert_map, route)
         return route
-
-    def _tokens(self, num_tokens: int, top_k: int) -> int:
-        """A guess of a large group: 4/3 of the mean, at most all tokens; a wider tile would be padding for most groups."""
-        mean = -(-num_tokens * top_k // self.num_global_experts)
-        return min(num_tokens, -(-4 * mean // 3))
-
-    def _compact(self, name: str, table: torch.Tensor) -> torch.Tensor:
-        """A (T, top_k) table as kernels take it; rows of one may be strided for the op."""
-        if table.is_contiguous():
-            return table
-        compact = self.workspace.take(name, table.dtype, *table.shape)
-        return compact.copy_(table)
 
 
 class WoAChain:
@@ -414,9 +278,9 @@ class WoAChain:
             inverse_rope_quantize_sm100.Config(head_dim, rope_dim).validate()
         except ValueError as error:
             raise ValueError(f"{name}: the sm100 backend cannot rotate and quantize these heads: {error}") from error
-        _check_gpu(name, matrix.weight.device)
+        check_gpu(name, matrix.weight.device, CAPABILITY, _BACKEND)
         _check_sizes(name, "a group of wo_a", self.rank, self.d_in)
-        _check_alignment(name, "wo_a", matrix.weight, matrix.weight_scale)
+        check_alignment(name, "wo_a", matrix.weight, matrix.weight_scale, backend=_BACKEND)
         self.input_scale = input_scale
         self.operand = prepare.prepare_experts(
             matrix.weight.view(num_groups, self.rank, -1),
@@ -457,7 +321,7 @@ def linear_gemm(codes: torch.Tensor, scales: torch.Tensor, operand: Operand, gro
         group: one, of m rows.
         out: (m, n) bf16.
     """
-    if group.count is not None:
+    if _is_small(group):
         _swap(codes, scales, operand, group, out, epilogue=BF16)
         return
     weight, weight_scale = operand.weight[0], operand.weight_scale[0]
@@ -514,41 +378,20 @@ def check_linear(name: str, label: str, matrix: PackedMatrix) -> None:
     Raises:
         ValueError: as LinearChain.
     """
-    _check_gpu(name, matrix.weight.device)
+    check_gpu(name, matrix.weight.device, CAPABILITY, _BACKEND)
     for group in matrix.scale_groups:
         for start, end in group.row_spans:
             _check_sizes(name, label, end - start, _k(matrix.weight))
-    _check_alignment(name, label, matrix.weight, matrix.weight_scale)
-
-
-def check_one_scale(name: str, input_scale: torch.Tensor) -> None:
-    """Checks (E, 2) input scales of gates and ups: both come from one quantization of the activation.
-
-    Raises:
-        ValueError: an expert has two different ones.
-    """
-    different = (input_scale[:, 0] != input_scale[:, 1]).nonzero().flatten().tolist()
-    if different:
-        first = different[0]
-        raise ValueError(
-            f"{name}: gate and up of {len(different)} of {len(input_scale)} experts have different input_scale, the first "
-            f"is expert {first} with {input_scale[first].tolist()}; the sm100 backend quantizes their common input once: "
-            "export with one input_scale for both, as ModelOpt does, or use another backend"
-        )
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    check_alignment(name, label, matrix.weight, matrix.weight_scale, backend=_BACKEND)
 
 
 def _is_small(groups: Groups) -> bool:
-    return groups.count is not None and groups.tokens <= SWAP_TOKENS
+    return groups.tokens <= SWAP_TOKENS
 
 
 def _swap(
     codes: torch.Tensor, scales: torch.Tensor, operand: Operand, groups: Groups, out: torch.Tensor, **epilogue: Any
 ) -> None:
-    assert groups.count is not None
     grouped_gemm_swap_sm100.grouped_gemm_swap(
         codes, operand.weight, scales, operand.weight_scale, operand.alpha, groups.count, groups.padded_offset, out,
         tokens=groups.tokens, **epilogue,
@@ -577,27 +420,9 @@ def _k(weight: torch.Tensor) -> int:
     return weight.shape[-1] * NVFP4.codes_per_byte
 
 
-def _check_gpu(name: str, device: torch.device) -> None:
-    # A CPU is where kernels are simulated.
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) != CAPABILITY:
-        raise ValueError(
-            f"{name}: {device} has compute capability {torch.cuda.get_device_capability(device)}, expected {CAPABILITY} "
-            "for the sm100 backend; use another backend"
-        )
-
-
 def _check_sizes(name: str, label: str, n: int, k: int) -> None:
     if k % linear_sm100.K_MULTIPLE or n % linear_sm100.N_MULTIPLE:
         raise ValueError(
             f"{name}: {label} has a part of {n} rows with K = {k} on this rank, the sm100 backend takes multiples of "
             f"{linear_sm100.N_MULTIPLE} and {linear_sm100.K_MULTIPLE}; use another tensor-parallel size or backend"
         )
-
-
-def _check_alignment(name: str, label: str, *tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        if tensor.data_ptr() % TMA_BYTES:
-            raise ValueError(
-                f"{name}: {label} has a tensor that starts at {tensor.data_ptr():#x}, expected a multiple of {TMA_BYTES} "
-                "bytes for the sm100 backend; copy it at load"
-            )

@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
+from cutedsl.formats import NVFP4
 from cutedsl.ops import registry
 from cutedsl.reference import wo_a as reference
-from cutedsl.runners import check_packed, check_scale, import_sm100, pack_matrix, select_backend
+from cutedsl.runners import (
+    check_activations,
+    check_packed,
+    check_scale,
+    import_chains,
+    pack_matrix,
+    select_backend,
+)
 
 
 class WoARunner:
-    """y[t, g] = bf16(alpha * (Q(inverse_rope(o)[t, g]) @ W[g]^T)) for one layer.
+    """y[t, g] = bf16(alpha * (Q(inverse_rope(o)[t, g]) @ W[g]^T)) for one layer; without Q if activations are "bf16".
 
     Args:
         name: of the layer, used in every message.
@@ -26,8 +34,9 @@ class WoARunner:
         num_groups: G, on this rank.
         head_dim: elements of a head; divides D.
         rope_dim: rotated elements at the end of a head; even, at most head_dim.
-        backend: a key of BACKENDS. sm100 prepares the weight's scales in place (`cutedsl.prepare`): nothing else can
-            use them any more.
+        backend: a key of BACKENDS. sm100 and sm90 prepare the weight in place (`cutedsl.prepare`, `cutedsl.prepare_sm90`):
+            nothing else can use it any more.
+        activations: "nvfp4": quantized with input_scale; "bf16": as they are. sm100 has nvfp4 only.
 
     Attributes:
         runner_id: what the op takes; the registry keeps the runner alive.
@@ -35,7 +44,8 @@ class WoARunner:
         out_features: G * R.
         device: of the weight.
         matrix: the weight with alpha (G * R,); backend reference only.
-        chain: of kernels, with its workspace; backend sm100 only.
+        activations: as given.
+        chain: of kernels, with its workspace; backends sm100 and sm90 only.
 
     Raises:
         TypeError: a type is wrong.
@@ -58,10 +68,12 @@ class WoARunner:
         head_dim: int,
         rope_dim: int,
         backend: str = "reference",
+        activations: str = NVFP4.name,
     ) -> None:
         self.name = name
         self.backend = backend
         make_forward = select_backend(name, backend, BACKENDS)
+        self.activations = check_activations(name, activations, backend)
         self.out_features = weight.shape[0]
         d_in = check_packed(name, "wo_a", weight, weight_scale, (self.out_features,))
         if num_groups < 1 or self.out_features % num_groups:
@@ -75,7 +87,8 @@ class WoARunner:
         self.device = weight.device
         self.weight_scale_2 = check_scale(name, "weight_scale_2", weight_scale_2, (1,), self.device)
         self.input_scale = check_scale(name, "input_scale", input_scale, (1,), self.device)
-        self.matrix = pack_matrix(weight, weight_scale, self.weight_scale_2, self.input_scale, (self.out_features,))
+        scales = self.weight_scale_2, self.input_scale
+        self.matrix = pack_matrix(weight, weight_scale, *scales, (self.out_features,), activations)
         self._forward = make_forward(self)
         self.runner_id = registry.register(self, "wo_a")
 
@@ -96,9 +109,9 @@ def _reference(runner: WoARunner) -> Forward:
     return forward
 
 
-def _sm100(runner: WoARunner) -> Forward:
+def _chain(runner: WoARunner) -> Forward:
     sizes = runner.num_groups, runner.head_dim, runner.rope_dim
-    runner.chain = import_sm100(runner.name).WoAChain(
+    runner.chain = import_chains(runner.name, runner.backend).WoAChain(
         runner.name, runner.matrix, runner.weight_scale_2, runner.input_scale, *sizes
     )
     # What was prepared in place is no matrix for others, and what was replaced should not be kept.
@@ -106,4 +119,4 @@ def _sm100(runner: WoARunner) -> Forward:
     return lambda runner, o, positions, cos_sin_cache: runner.chain(o, positions, cos_sin_cache)
 
 
-BACKENDS: dict[str, Callable[[WoARunner], Forward]] = {"reference": _reference, "sm100": _sm100}
+BACKENDS: dict[str, Callable[[WoARunner], Forward]] = {"reference": _reference, "sm100": _chain, "sm90": _chain}

@@ -17,11 +17,11 @@ def _empty_registry():
     registry.clear()
 
 
-def make(shards: list[int], k: int, weight_scale_2: list[float], input_scale: list[float]) -> tuple:
+def make(shards: list[int], k: int, weight_scale_2: list[float], input_scale: list[float], **more: str) -> tuple:
     packed = numerics.random_packed(sum(shards), k, seed=k)
     runner = LinearRunner(
         "layers.3.attn.wq_a", packed.weight, packed.weight_scale, torch.tensor(weight_scale_2),
-        torch.tensor(input_scale), shards,
+        torch.tensor(input_scale), shards, **more,
     )  # fmt: skip
     return runner, packed
 
@@ -90,6 +90,31 @@ def test_shards_with_one_scale_meet_in_one_span() -> None:
         (0.5, ((0, 24), (27, 32))),
         (0.25, ((24, 27),)),
     ]
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("shards", "k", "weight_scale_2", "input_scale"), CASES)
+def test_bf16_activations_are_multiplied_as_they_are(tokens, shards, k, weight_scale_2, input_scale) -> None:
+    runner, packed = make(shards, k, weight_scale_2, input_scale, activations="bf16")
+    assert runner.activations == "bf16"
+    x = numerics.random_x(tokens, k)
+    scale = np.repeat(np.float32(weight_scale_2).astype(np.float64), shards)
+    expected = x.double().numpy() @ packed.values.T * scale
+    y = linear(x, runner.runner_id)
+    numerics.assert_close(y, expected, numerics.BF16_TOLERANCE, numerics.BF16_TOLERANCE)
+    numerics.assert_rounded_once(y, expected)
+    # To quantize x is another function, and its tensor scale has no say here.
+    assert numerics.errors(y, oracle(x, packed, shards, weight_scale_2, input_scale))[0] > 5 * numerics.BF16_TOLERANCE
+    other, _ = make(shards, k, weight_scale_2, [100 * scale for scale in input_scale], activations="bf16")
+    assert torch.equal(linear(x, other.runner_id), y)
+
+
+def test_activations_are_quantized_unless_asked() -> None:
+    runner, _ = make([8, 24], 64, [1.0, 2.0], [0.5, 0.25])
+    named, _ = make([8, 24], 64, [1.0, 2.0], [0.5, 0.25], activations="nvfp4")
+    assert runner.activations == "nvfp4"
+    x = numerics.random_x(3, 64)
+    assert torch.equal(linear(x, runner.runner_id), linear(x, named.runner_id))
 
 
 def test_no_rows() -> None:
@@ -181,6 +206,7 @@ BAD = float("nan"), float("inf"), 0.0, -1.0
         ({"shard_sizes": lambda _: [32, 0]}, ValueError, "one positive row count"),
         ({"shard_sizes": lambda _: []}, ValueError, "one positive row count"),
         ({"backend": lambda _: "sm999"}, ValueError, "unknown backend 'sm999'; known: .*reference"),
+        ({"activations": lambda _: "fp8"}, ValueError, "unknown activations 'fp8'; known: nvfp4, bf16"),
     ]
     + [({s: lambda t, b=b: torch.stack((t[0], torch.tensor(b)))}, ValueError, f"{s} has 1 of 2 values")
        for s in ("weight_scale_2", "input_scale") for b in BAD],
@@ -194,6 +220,7 @@ def test_runner_raises_with_its_name(change, error, match) -> None:
         "input_scale": torch.tensor([0.5, 0.25]),
         "shard_sizes": [8, 24],
         "backend": "reference",
+        "activations": "nvfp4",
     }
     LinearRunner("layers.7.attn.wq_b", **arguments)
     for key, function in change.items():

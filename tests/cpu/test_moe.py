@@ -168,6 +168,27 @@ def test_ranks_add_up_to_the_whole() -> None:
     numerics.assert_close(total, whole, 2 * TOLERANCE, 2 * ROW_TOLERANCE)
 
 
+def test_bf16_activations() -> None:
+    """Experts as the shared expert's, weighted and summed in fp32; input scales play no part."""
+    case = Case(6, 64, 32)
+    x, (weights, ids) = numerics.random_x(8, 64, spread=0.3), route(8, 3, 6)
+    ids[2, 1] = -1
+    y = moe(x, weights, ids, case.runner(activations="bf16").runner_id)
+    expected = np.zeros(x.shape)
+    rows = x.double().numpy()
+    for token in range(8):
+        for weight, e in zip(weights[token].tolist(), ids[token].tolist(), strict=True):
+            if e >= 0:
+                gate_up = (rows[token] @ case.w13.values[e].T).reshape(2, 32)
+                gate_up *= case.w13_weight_scale_2[e, :, None].numpy()
+                h = torch.from_numpy(numerics.swiglu(*gate_up, case.limit)).to(torch.bfloat16).double().numpy()
+                expected[token] += weight * (h @ case.w2.values[e].T) * case.w2_weight_scale_2[e].item()
+    numerics.assert_close(y, expected, numerics.BF16_MEAN_TOLERANCE + 1e-4, 6e-3)
+    assert numerics.errors(y, case.oracle(x, weights, ids))[0] > 0.02
+    case.w13_input_scale, case.w2_input_scale = case.w13_input_scale * 3, case.w2_input_scale * 5
+    assert torch.equal(moe(x, weights, ids, case.runner(activations="bf16").runner_id), y)
+
+
 def test_no_tokens() -> None:
     runner = Case(4, 64, 32).runner()
     empty = torch.empty(0, 6)
@@ -272,10 +293,16 @@ def spoil(t: torch.Tensor) -> torch.Tensor:
         ("expert_map", lambda _: torch.tensor([0, 1, 2, -1]), ValueError, "expert_map names the local experts"),
         ("expert_map", lambda _: torch.tensor([0, 1, 2, -2, 3]), ValueError, "expert_map names the local experts"),
         ("backend", lambda _: "triton", ValueError, "unknown backend 'triton'"),
+        ("activations", lambda _: "BF16", ValueError, "unknown activations 'BF16'; known: nvfp4, bf16"),
     ],
 )
 def test_runner_raises_with_its_name(key, function, error, match) -> None:
-    arguments = {**Case(4, 64, 32).arguments(), "apply_router_weight_on_input": False, "backend": "reference"}
+    arguments = {
+        **Case(4, 64, 32).arguments(),
+        "apply_router_weight_on_input": False,
+        "backend": "reference",
+        "activations": "nvfp4",
+    }
     arguments[key] = function(arguments.get(key))
     with pytest.raises(error, match=f"the layer: .*{match}"):
         MoeRunner("the layer", **arguments)

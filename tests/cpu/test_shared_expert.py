@@ -7,6 +7,7 @@ import torch
 
 from cutedsl.ops import registry
 from cutedsl.ops.shared_expert import shared_expert
+from cutedsl.reference.shared_expert import expert_fp32
 from cutedsl.reference.swiglu import swiglu
 from cutedsl.runners.shared_expert import SharedExpertRunner
 
@@ -49,8 +50,8 @@ class Case:
             "swiglu_limit": self.limit,
         }
 
-    def runner(self) -> SharedExpertRunner:
-        return SharedExpertRunner("layers.2.ffn.shared_experts", **self.arguments())
+    def runner(self, **more: str) -> SharedExpertRunner:
+        return SharedExpertRunner("layers.2.ffn.shared_experts", **self.arguments(), **more)
 
     def oracle(self, x: torch.Tensor, activation=numerics.swiglu, round_middle=lambda h: h) -> np.ndarray:
         half = self.gate_up.values.shape[0] // 2
@@ -165,6 +166,37 @@ def test_gate_and_up_keep_their_own_scales() -> None:
         setattr(case, field, own)
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(4096, 256), (256, 64), (16, 16)])
+@pytest.mark.parametrize("limit", [2.0, None])
+def test_bf16_activations_are_rounded_once_in_the_middle(hidden: int, intermediate: int, limit: float | None) -> None:
+    def oracle(round_middle) -> np.ndarray:
+        rows = case.gate_up.values.shape[0] // 2
+        gate, up = (
+            x.double().numpy() @ w.T * np.float64(np.float32(w2))
+            for w, w2 in zip((case.gate_up.values[:rows], case.gate_up.values[rows:]), case.weight_scale_2, strict=True)
+        )
+        h = round_middle(numerics.swiglu(gate, up, limit))
+        return h @ case.down.values.T * np.float64(np.float32(case.down_weight_scale_2))
+
+    case = Case(hidden, intermediate, limit, level=4.0)
+    x = numerics.random_x(5, hidden, spread=0.3)
+    runner = case.runner(activations="bf16")
+    y = expert_fp32(x, runner.gate_up, runner.down, limit)
+    once = oracle(lambda h: torch.from_numpy(h).to(torch.bfloat16).double().numpy())
+    # fp32 against float64 moves a value of h across a rounding bound once in some thousand: 2^-8 of one of many terms.
+    numerics.assert_close(y, once, 1e-4, 1e-3 if intermediate > 16 else 4e-3)
+    assert numerics.errors(y, oracle(lambda h: h))[0] > 5e-4, "the middle is not rounded"
+    assert torch.equal(shared_expert(x, runner.runner_id), y.to(torch.bfloat16))
+
+
+def test_bf16_activations_have_no_input_scales() -> None:
+    case, other = Case(256, 64, 10.0), Case(256, 64, 10.0)
+    other.input_scale, other.down_input_scale = [7.0, 9.0], 11.0
+    x = numerics.random_x(4, 256)
+    y, same = (shared_expert(x, c.runner(activations="bf16").runner_id) for c in (case, other))
+    assert torch.equal(y, same)
+
+
 def test_no_rows() -> None:
     x = torch.empty(0, 256, dtype=torch.bfloat16)
     assert shared_expert(x, Case(256, 64, 10.0).runner().runner_id).shape == (0, 256)
@@ -196,10 +228,11 @@ def test_runner_holds_the_given_tensors() -> None:
         ("swiglu_limit", lambda _: 0.0, ValueError, "swiglu_limit is 0"),
         ("swiglu_limit", lambda _: float("nan"), ValueError, "swiglu_limit is nan"),
         ("backend", lambda _: "cuda", ValueError, "unknown backend 'cuda'"),
+        ("activations", lambda _: "int8", ValueError, "unknown activations 'int8'"),
     ],
 )
 def test_runner_raises_with_its_name(key, function, error, match) -> None:
-    arguments = {**Case(256, 64, 10.0).arguments(), "backend": "reference"}
+    arguments = {**Case(256, 64, 10.0).arguments(), "backend": "reference", "activations": "nvfp4"}
     arguments[key] = function(arguments[key])
     with pytest.raises(error, match=f"the layer: .*{match}"):
         SharedExpertRunner("the layer", **arguments)

@@ -60,8 +60,8 @@ class Case:
             "rope_dim": self.rope_dim,
         }
 
-    def runner(self) -> WoARunner:
-        return WoARunner("layers.1.attn.wo_a", **self.arguments())
+    def runner(self, **more: str) -> WoARunner:
+        return WoARunner("layers.1.attn.wo_a", **self.arguments(), **more)
 
     def inputs(self, tokens: int, max_pos: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(tokens)
@@ -142,6 +142,21 @@ def test_wo_a_equals_oracle(groups, heads, head_dim, rope_dim, rank, tokens) -> 
     numerics.assert_close(y, case.oracle(*inputs), TOLERANCE, ROW_TOLERANCE)
 
 
+@pytest.mark.parametrize(("groups", "heads", "head_dim", "rope_dim", "rank"), [(2, 8, 512, 64, 128), (3, 3, 48, 16, 5)])
+def test_bf16_activations_are_rotated_and_multiplied(groups, heads, head_dim, rope_dim, rank) -> None:
+    case = Case(groups, heads, head_dim, rope_dim, rank)
+    o, positions, cache = case.inputs(5)
+    y = wo_a(o, positions, cache, case.runner(activations="bf16").runner_id)
+    rotated = torch.from_numpy(rotate_back(o, positions, cache, rope_dim)).to(torch.bfloat16).double().numpy()
+    by_group = rotated.reshape(5, groups, case.d_in)
+    weights = case.packed.values.reshape(groups, rank, case.d_in)
+    expected = np.einsum("tgd,grd->tgr", by_group, weights).reshape(5, -1) * np.float64(np.float32(case.weight_scale_2))
+    numerics.assert_close(y, expected, numerics.BF16_MEAN_TOLERANCE + 2e-4, 5e-3)
+    assert numerics.errors(y, case.oracle(o, positions, cache))[0] > 0.02
+    case.input_scale = 9.0
+    assert torch.equal(wo_a(o, positions, cache, case.runner(activations="bf16").runner_id), y)
+
+
 def test_a_group_sees_its_own_heads_and_rows_only() -> None:
     case = Case(4, 8, 64, 16, 8)
     o, positions, cache = case.inputs(3)
@@ -192,10 +207,11 @@ def test_runner_holds_the_given_tensors_and_knows_its_heads() -> None:
         ("rope_dim", lambda _: 128, ValueError, "rope_dim is 128"),
         ("rope_dim", lambda _: 0, ValueError, "rope_dim is 0"),
         ("backend", lambda _: "none", ValueError, "unknown backend 'none'"),
+        ("activations", lambda _: None, ValueError, "unknown activations None"),
     ],
 )
 def test_runner_raises_with_its_name(key, function, error, match) -> None:
-    arguments = {**Case(2, 4, 64, 16, 8).arguments(), "backend": "reference"}
+    arguments = {**Case(2, 4, 64, 16, 8).arguments(), "backend": "reference", "activations": "nvfp4"}
     arguments[key] = function(arguments[key])
     with pytest.raises(error, match=f"the layer: .*{match}"):
         WoARunner("the layer", **arguments)

@@ -18,7 +18,7 @@ from cutedsl.quantize import quantize_weight
 from cutedsl.reference.linear import linear_fp32
 from cutedsl.reference.shared_expert import expert_fp32
 from cutedsl.routing import local_expert_ids
-from cutedsl.runners import sm100
+from cutedsl.runners import check_gpu, sm100, workspace
 from cutedsl.runners.linear import LinearRunner
 from cutedsl.runners.moe import MoeRunner
 from cutedsl.runners.shared_expert import SharedExpertRunner
@@ -73,17 +73,17 @@ def outputs(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
     found = Simulator()
     monkeypatch.setattr(compiler, "compiled", found.compiled)
-    take = sm100.Workspace.take
+    take = workspace.Workspace.take
 
-    def take_stale(self: sm100.Workspace, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    def take_stale(self: workspace.Workspace, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         tensor = take(self, name, dtype, *shape)
         tensor.view(torch.uint8).fill_(STALE.get(name.split()[-1], STALE_INTEGER))
         return tensor
 
-    monkeypatch.setattr(sm100.Workspace, "take", take_stale)
+    monkeypatch.setattr(workspace.Workspace, "take", take_stale)
     yield found
     registry.clear()
-    sm100.workspace.cache_clear()
+    workspace.workspace.cache_clear()
 
 
 # ---- numerics -------------------------------------------------------------------------------------------------------
@@ -493,8 +493,8 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]
     monkeypatch.setattr(compiler, "compiled", lambda *_: lambda *args: launched.append(args))
     yield launched
     registry.clear()
-    sm100.workspace.cache_clear()
-    sm100.equal_groups.cache_clear()
+    workspace.workspace.cache_clear()
+    workspace.equal_groups.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [7, 200])
@@ -530,7 +530,7 @@ def test_nothing_grows_during_a_capture(kind: str, no_launch: list, monkeypatch:
     make, inputs = KINDS[kind]
     runner = make()
     runner(*inputs(130))
-    monkeypatch.setattr(sm100, "_capturing", lambda device: True)
+    monkeypatch.setattr(workspace, "_capturing", lambda device: True)
     for tokens in (130, 64, 1):
         runner(*inputs(tokens))
     with pytest.raises(RuntimeError, match=r"graph is being captured; run the largest batch once before"):
@@ -538,7 +538,7 @@ def test_nothing_grows_during_a_capture(kind: str, no_launch: list, monkeypatch:
 
 
 def test_buffers_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffers = sm100.Workspace(torch.device("cpu"))
+    buffers = workspace.Workspace(torch.device("cpu"))
     with torch.inference_mode():
         buffers.take("other", torch.uint8, 16)
     buffers.take("other", torch.uint8, 16).fill_(1)
@@ -547,7 +547,7 @@ def test_buffers_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -
     assert small.eq(0).all()
     assert small.data_ptr() % 16 == 0
     with monkeypatch.context() as patch:
-        patch.setattr(sm100, "_capturing", lambda device: True)
+        patch.setattr(workspace, "_capturing", lambda device: True)
         buffers.take("x", torch.int32, 4)
     large = buffers.take("x", torch.int32, 400)
     buffers.take("other", torch.uint8, 1600)
@@ -565,16 +565,15 @@ def test_runners_of_a_kind_share_buffers_and_kinds_do_not(no_launch: list) -> No
 
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_equal_groups(num_groups: int) -> None:
-    groups = sm100.EqualGroups(num_groups, torch.device("cpu"))
+    groups = workspace.EqualGroups(num_groups, torch.device("cpu"))
     for tokens in (300, 1, 64, 65, 128, 129):
         found = groups.of(tokens)
         tiles = -(-tokens // 128)
         assert found.tile_expert.tolist() == [g for g in range(num_groups) for _ in range(tiles)]
         assert found.padded_offset.tolist() == [g * tiles * 128 for g in range(num_groups + 1)]
-        assert {tensor.dtype for tensor in (found.tile_expert, found.padded_offset)} == {torch.int32}
-        assert (None if found.count is None else found.count.tolist()) == (
-            [tokens] * num_groups if tokens <= sm100.SWAP_TOKENS else None
-        )
+        assert {tensor.dtype for tensor in (found.tile_expert, found.padded_offset, found.count)} == {torch.int32}
+        assert found.count.tolist() == [tokens] * num_groups
+        assert found.tokens == tokens
 
 
 def test_weights_are_prepared_in_place(no_launch: list) -> None:
@@ -655,11 +654,26 @@ def test_what_kernels_cannot_do_is_refused_untouched(runner: type, arguments: Ca
     registry.clear()
 
 
+@pytest.mark.parametrize(
+    ("runner", "arguments"),
+    [
+        (LinearRunner, lambda: linear_arguments([64], 64, [0])),
+        (SharedExpertRunner, lambda: shared_arguments(64, 64, None)),
+        (MoeRunner, lambda: moe_arguments(2, 64, 64, None)),
+        (WoARunner, lambda: wo_a_arguments(2, 4, 8, 64, 16)),
+    ],
+)
+def test_activations_are_nvfp4_only(runner: type, arguments: Callable[[], dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"layer: the sm100 backend has no activations in BF16: .*activations='nvfp4'"):
+        runner("layer", **arguments(), backend="sm100", activations="bf16")
+    assert registry.describe() == []
+
+
 def test_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(ValueError, match=r"layer: cuda:0 has compute capability \(9, 0\), expected \(10, 0\)"):
-        sm100._check_gpu("layer", torch.device("cuda:0"))
-    sm100._check_gpu("layer", torch.device("cpu"))
+        check_gpu("layer", torch.device("cuda:0"), sm100.CAPABILITY, "sm100")
+    check_gpu("layer", torch.device("cpu"), sm100.CAPABILITY, "sm100")
 
 
 def test_without_the_compiler_only_sm100_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
