@@ -1,11 +1,12 @@
 """Kernels compiled ahead of time, on a machine without a GPU, and loaded where there is no compiler.
 
-    python -m cutedsl.aot build --model deepseek-v4-pro --arch sm_100a --tp 1,2,4,8 --out DIR
+    python -m cutedsl.aot build --model deepseek-v4-pro --arch sm_100a,sm_90a --tp 1,2,4,8 --out DIR
     python -m cutedsl.aot verify DIR        # exit code 0: whole, and of these sources, this compiler and this machine
     python -m cutedsl.aot list DIR
 
 A set is a directory: a shared object for each kernel and manifest.json, which says what each was built from. A process
-makes a set known with `cutedsl.compile.use(DIR)`; a function is loaded when first asked for.
+makes a set known with `cutedsl.compile.use(DIR)`; a function is loaded when first asked for. One set may hold kernels for
+several architectures: what is loaded is what the GPU's backend asks for.
 
 The objects are linked when the set is built, as an image that serves has no linker either. They need two libraries, by name
 and without a path, so that a set can be moved: libcute_dsl_runtime.so of nvidia-cutlass-dsl, which calls the CUDA driver,
@@ -450,7 +451,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="build|verify|list", parser_class=_Parser)
     command = commands.add_parser("build", help="compile every kernel that a deployment can call; needs no GPU")
     command.add_argument("--model", required=True, help="deepseek-v4-pro, deepseek-v4-flash, or a config.json")
-    command.add_argument("--arch", default="sm_100a", help="architectures, with commas between; default sm_100a")
+    command.add_argument(
+        "--arch", default="sm_100a", help="sm_100a, sm_90a, or both with a comma between; default sm_100a"
+    )
     command.add_argument("--tp", default="1,2,4,8", help="tensor parallel sizes, with commas between; default 1,2,4,8")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="new, empty, or a set to replace")
     command.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="processes, default one a core")

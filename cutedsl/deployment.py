@@ -12,7 +12,6 @@ A kernel joins by one line in FAMILIES. Its module has `compiled(config)`, as al
 
 import importlib
 import json
-import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +195,11 @@ class Experts(NamedTuple):
     intermediate: int
     layers: int
 
+    @property
+    def total(self) -> int:
+        """Experts of all ranks."""
+        return round(self.num_experts / self.share)
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -285,7 +289,7 @@ class Deployment:
 
     Attributes:
         ranks: every layout that must be served.
-        arch: such as sm_100a.
+        arch: sm_100a or sm_90a.
         max_tokens: of one step.
     """
 
@@ -366,14 +370,15 @@ def variants(asked: Deployment) -> list[Variant]:
     """
     found = [variant for family in FAMILIES for variant in family.variants(asked)]
     if not found:
-        raise ValueError(f"no kernel in cutedsl.kernels is for {asked.arch}; expected sm_100a")
+        raise ValueError(f"no kernel in cutedsl.kernels is for {asked.arch}; expected sm_100a or sm_90a")
     return found
 
 
 def group_tokens(experts: Experts, tokens: int) -> int:
-    """Tokens of a large group as the host guesses them: 4/3 of the mean, at most all, as `cutedsl.runners.sm100` does."""
-    total = round(experts.num_experts / experts.share)
-    return min(tokens, -(-4 * math.ceil(tokens * experts.top_k / total) // 3))
+    """Tokens of a large group as the runners guess them."""
+    from cutedsl.runners.workspace import guess_tokens
+
+    return guess_tokens(tokens, experts.top_k, experts.total)
 
 
 def _linear(module: Any, asked: Deployment) -> Iterator[Hashable]:
@@ -396,6 +401,28 @@ def _grouped_swap(module: Any, asked: Deployment) -> Iterator[Hashable]:
     for n, k, _, _, epilogue in sorted(_grouped_shapes(module, asked)):
         for tokens in module.TILES_N:
             yield module.choose_config(module.Shape(tokens, n, k), epilogue, asked.arch)
+
+
+def _grouped_hopper(module: Any, asked: Deployment) -> Iterator[Hashable]:
+    from cutedsl.runners.workspace import guess_tokens
+
+    for n, k, num_groups, top_k, total, epilogue in sorted(_hopper_shapes(module, asked)):
+        for tokens in sorted({guess_tokens(batch, top_k, total) for batch in asked.batches()}):
+            yield module.choose_config(module.Shape(tokens, n, k, num_groups), epilogue, asked.arch)
+
+
+def _hopper_shapes(module: Any, asked: Deployment) -> set[tuple[int, int, int, int, int, str]]:
+    """Returns n, k, groups, top_k, all experts and epilogue of every GEMM; of a group with all tokens the two are 1."""
+    shapes = {(linear.n, linear.k, 1, 1, 1, module.BF16) for rank in asked.ranks for linear in rank.linears()}
+    for rank in asked.ranks:
+        hidden = rank.model.hidden_size
+        for experts in rank.experts():
+            columns, group = experts.intermediate, (experts.num_experts, experts.top_k, experts.total)
+            # h is quantized or not, as activations are.
+            shapes |= {(2 * columns, hidden, *group, epilogue) for epilogue in (module.SWIGLU, module.SWIGLU_NVFP4)}
+            shapes.add((hidden, columns, *group, module.BF16))
+        shapes.add((*rank.wo_a, rank.num_groups, 1, 1, module.BF16))
+    return shapes
 
 
 def _grouped_shapes(module: Any, asked: Deployment) -> set[tuple[int, int, int, int, str]]:
@@ -433,6 +460,21 @@ def _inverse_rope(module: Any, asked: Deployment) -> Iterator[Hashable]:
             yield module.Config(model.head_dim, model.rope_dim, load_bytes, asked.arch).validate()
 
 
+def _round(module: Any, asked: Deployment) -> Iterator[Hashable]:
+    # Activations are quantized or not; those that are not are copied where they are gathered, or lie badly.
+    for output in (module.BF16, module.COPY):
+        for by_slot in (False, True):
+            for load_bytes in (module.WIDE_LOAD, module.NARROW_LOAD):
+                yield module.Config(output, by_slot, load_bytes, asked.arch).validate()
+
+
+def _inverse_rope_round(module: Any, asked: Deployment) -> Iterator[Hashable]:
+    for model in {rank.model for rank in asked.ranks}:
+        for output in module.OUTPUTS:
+            for load_bytes in (module.WIDE_LOAD, module.NARROW_LOAD):
+                yield module.Config(output, model.head_dim, model.rope_dim, load_bytes, asked.arch).validate()
+
+
 def _route(module: Any, asked: Deployment) -> Iterator[Hashable]:
     for top_k in sorted({rank.model.top_k for rank in asked.ranks}):
         for id_bits in (32, 64):
@@ -456,4 +498,9 @@ FAMILIES = (
     Family("inverse_rope_quantize_sm100", "InverseRopeQuantizeSm100", _inverse_rope),
     Family("route_sm100", "RouteSm100", _route),
     Family("finalize_sm100", "FinalizeSm100", _finalize),
+    Family("grouped_gemm_sm90", "GroupedGemmSm90", _grouped_hopper),
+    Family("quantize_sm90", "QuantizeSm90", _round),
+    Family("inverse_rope_quantize_sm90", "InverseRopeQuantizeSm90", _inverse_rope_round),
+    Family("route_sm90", "RouteSm90", _route),
+    Family("finalize_sm90", "FinalizeSm90", _finalize),
 )

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from vllm_nvfp4 import architecture, cli, kernels_cli
 from cutedsl import compile as compiler
 from cutedsl import deployment
 from cutedsl.deployment import FAMILIES, MAX_TOKENS, MODELS, Deployment, Rank, Variant, find_model, model_from_config
-from cutedsl.kernels import grouped_gemm_sm100, grouped_gemm_swap_sm100, linear_sm100, route_sm100
-from cutedsl.reference.linear import PackedMatrix, ScaleGroup
-from cutedsl.runners import sm100
+from cutedsl.kernels import grouped_gemm_sm90, grouped_gemm_sm100, grouped_gemm_swap_sm100, linear_sm100, route_sm100
+from cutedsl.reference.linear import PackedMatrix
+from cutedsl.runners import pack_matrix, sm90, sm100, workspace
+from cutedsl.runners.workspace import guess_tokens
 
 PRO, FLASH = MODELS["deepseek-v4-pro"], MODELS["deepseek-v4-flash"]
 TP = (1, 2, 4, 8)
@@ -104,26 +106,30 @@ def test_what_cannot_be_cut() -> None:
 
 
 def test_no_kernel_for_another_architecture() -> None:
-    with pytest.raises(ValueError, match=r"no kernel in cutedsl\.kernels is for sm_90a"):
-        deployment.variants(deployment.deployment(PRO, [8], "sm_90a"))
+    with pytest.raises(ValueError, match=r"no kernel in cutedsl\.kernels is for sm_80; expected sm_100a or sm_90a"):
+        deployment.variants(deployment.deployment(PRO, [8], "sm_80"))
 
 
 # ---- the closed set -------------------------------------------------------------------------------------------------
 
 
+def arch_of(family: deployment.Family) -> str:
+    return "sm_90a" if family.module.endswith("sm90") else "sm_100a"
+
+
 @functools.cache
-def closed(name: str) -> list[Variant]:
-    return deployment.variants(deployment.deployment(MODELS[name], TP))
+def closed(name: str, arch: str) -> list[Variant]:
+    return deployment.variants(deployment.deployment(MODELS[name], TP, arch))
 
 
-def configs(name: str, kernel: str) -> set:
-    return {variant.config for variant in closed(name) if variant.kernel.__name__ == kernel}
+def configs(name: str, kernel: str, arch: str = "sm_100a") -> set:
+    return {variant.config for variant in closed(name, arch) if variant.kernel.__name__ == kernel}
 
 
 @pytest.fixture
 def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """choose_config for a million shapes makes the same few configurations again and again."""
-    for module in (linear_sm100, grouped_gemm_sm100, grouped_gemm_swap_sm100):
+    for module in (linear_sm100, grouped_gemm_sm100, grouped_gemm_swap_sm100, grouped_gemm_sm90):
         monkeypatch.setattr(module, "largest_config", functools.cache(module.largest_config))
 
 
@@ -138,28 +144,52 @@ class EveryBatch(Deployment):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("remembered")
 def test_no_number_of_tokens_needs_another_kernel(name: str, family: deployment.Family) -> None:
-    every = EveryBatch(deployment.deployment(MODELS[name], TP).ranks)
+    every = EveryBatch(deployment.deployment(MODELS[name], TP).ranks, arch_of(family))
     found = {variant.config for variant in family.variants(every)}
-    assert found == configs(name, family.kernel)
+    assert found
+    assert found == configs(name, family.kernel, arch_of(family))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_closed_set_is(name: str) -> None:
-    assert len(closed(name)) == len({(variant.kernel, variant.config) for variant in closed(name)})
+    found = closed(name, "sm_100a")
+    assert len(found) == len({(variant.kernel, variant.config) for variant in found})
     assert sorted(config.tile_n for config in configs(name, "LinearSm100")) == [64, 128, 256]
     for kernel, most in (("GroupedGemmSm100", 5), ("GroupedGemmSwapSm100", 4)):
         by_epilogue = Counter(config.epilogue for config in configs(name, kernel))
         assert set(by_epilogue) == {"bf16", "swiglu_nvfp4"}
         assert max(by_epilogue.values()) <= most
     assert {config.tile_n for config in configs(name, "GroupedGemmSwapSm100")} == set(grouped_gemm_swap_sm100.TILES_N)
-    assert Counter(variant.kernel.__name__ for variant in closed(name) if "Gemm" not in variant.kernel.__name__) == {
+    assert Counter(variant.kernel.__name__ for variant in found if "Gemm" not in variant.kernel.__name__) == {
         "LinearSm100": 3,
         "QuantizeSm100": 4,
         "InverseRopeQuantizeSm100": 2,
         "RouteSm100": 8,
         "FinalizeSm100": 4,
     }
-    assert all(variant.config.validate() is variant.config for variant in closed(name))
+    assert all(variant.config.validate() is variant.config for variant in found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_closed_set_is_on_hopper(name: str) -> None:
+    found = closed(name, "sm_90a")
+    assert len(found) == len({(variant.kernel, variant.config) for variant in found})
+    assert {variant.config.arch for variant in found} == {"sm_90a"}
+    assert {config.epilogue for config in configs(name, "GroupedGemmSm90", "sm_90a")} == {
+        "bf16",
+        "swiglu",
+        "swiglu_nvfp4",
+    }
+    # Of both kinds of activations.
+    for kernel in ("QuantizeSm90", "InverseRopeQuantizeSm90"):
+        assert {config.output for config in configs(name, kernel, "sm_90a")} == {"bf16", "copy"}
+    assert Counter(variant.kernel.__name__ for variant in found if "Gemm" not in variant.kernel.__name__) == {
+        "QuantizeSm90": 8,
+        "InverseRopeQuantizeSm90": 4,
+        "RouteSm90": 8,
+        "FinalizeSm90": 4,
+    }
+    assert all(variant.config.validate() is variant.config for variant in found)
 
 
 # Small enough to make the weights of; every kind of operator is there.
@@ -169,24 +199,25 @@ SMALL = dataclasses.replace(
 )  # fmt: skip
 
 
-def matrix(n: int, k: int) -> PackedMatrix:
-    weight, scale = torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // 16, dtype=torch.float8_e4m3fn)
-    return PackedMatrix(weight, scale, torch.ones(n), (ScaleGroup(torch.ones(1), ((0, n),)),))
-
-
-def chains(rank: Rank, expert_map: torch.Tensor | None) -> Iterator[Callable[[int], object]]:
-    """The sm100 backends of all operators of a rank, as functions of a number of tokens."""
+def chains(
+    rank: Rank, expert_map: torch.Tensor | None, backend: ModuleType, activations: str
+) -> Iterator[Callable[[int], object]]:
+    """A backend's chains for all operators of a rank, as functions of a number of tokens."""
     model, (routed, shared) = rank.model, rank.experts()
     hidden = model.hidden_size
+
+    def matrix(n: int, k: int) -> PackedMatrix:
+        weight, scale = torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // 16, dtype=torch.float8_e4m3fn)
+        return pack_matrix(weight, scale, torch.ones(1), torch.ones(1), (n,), activations)
 
     def bf16(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16)
 
     for linear in rank.linears():
-        chain = sm100.LinearChain(linear.name, matrix(linear.n, linear.k))
+        chain = backend.LinearChain(linear.name, matrix(linear.n, linear.k))
         yield lambda tokens, chain=chain, k=linear.k: chain(bf16(tokens, k))
     gate_up, down = matrix(2 * shared.intermediate, hidden), matrix(hidden, shared.intermediate)
-    one = sm100.SharedExpertChain("shared", gate_up, down, torch.ones(2), torch.ones(2), 10.0)
+    one = backend.SharedExpertChain("shared", gate_up, down, torch.ones(2), torch.ones(2), 10.0)
     yield lambda tokens: one(bf16(tokens, hidden))
     experts = [
         torch.stack([part] * routed.num_experts)
@@ -194,14 +225,15 @@ def chains(rank: Rank, expert_map: torch.Tensor | None) -> Iterator[Callable[[in
         for part in packed[:2]
     ]
     pairs, ones = torch.ones(routed.num_experts, 2), torch.ones(routed.num_experts)
-    moe = sm100.MoeChain("moe", *experts[:2], pairs, pairs, *experts[2:], ones, ones, expert_map, 10.0)
+    more = (activations,) if backend is sm90 else ()
+    moe = backend.MoeChain("moe", *experts[:2], pairs, pairs, *experts[2:], ones, ones, expert_map, 10.0, *more)
     for ids in (torch.int32, torch.int64):
         yield lambda tokens, ids=ids: moe(
             bf16(tokens, hidden), torch.ones(tokens, model.top_k), torch.zeros(tokens, model.top_k, dtype=ids)
         )
     n, k = rank.wo_a
     heads = model.num_heads // rank.tp
-    wo_a = sm100.WoAChain(
+    wo_a = backend.WoAChain(
         "wo_a",
         matrix(rank.num_groups * n, k),
         torch.ones(1),
@@ -214,8 +246,9 @@ def chains(rank: Rank, expert_map: torch.Tensor | None) -> Iterator[Callable[[in
     yield lambda tokens: wo_a(bf16(tokens, heads, model.head_dim), torch.zeros(tokens, dtype=torch.int64), angles)
 
 
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_90a"])
 @pytest.mark.parametrize(("tp", "ep"), [(1, False), (2, False), (2, True)])
-def test_the_runners_ask_for_nothing_else(monkeypatch: pytest.MonkeyPatch, tp: int, ep: bool) -> None:
+def test_the_runners_ask_for_nothing_else(monkeypatch: pytest.MonkeyPatch, tp: int, ep: bool, arch: str) -> None:
     asked: set = set()
 
     def note(kernel: type, config: object, *_: object) -> Callable[..., None]:
@@ -225,14 +258,17 @@ def test_the_runners_ask_for_nothing_else(monkeypatch: pytest.MonkeyPatch, tp: i
     monkeypatch.setattr(compiler, "compiled", note)
     rank = Rank(SMALL, tp, ep).check()
     expert_map = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], dtype=torch.int32) if ep else None
-    for chain in chains(rank, expert_map):
-        for tokens in (1, 7, 8, 9, 33, 64, 65, 129, 3000):
-            chain(tokens)
-    sm100.workspace.cache_clear()
-    known = {(variant.kernel, variant.config) for variant in deployment.variants(Deployment((rank,)))}
+    backend, modes = (sm100, ("nvfp4",)) if arch == "sm_100a" else (sm90, ("nvfp4", "bf16"))
+    for activations in modes:
+        for chain in chains(rank, expert_map, backend, activations):
+            for tokens in (1, 7, 8, 9, 33, 64, 65, 129, 3000):
+                chain(tokens)
+    workspace.workspace.cache_clear()
+    known = {(variant.kernel, variant.config) for variant in deployment.variants(Deployment((rank,), arch))}
     assert asked <= known
     # None of the modules went unasked, or the runners would not be what is tested.
-    assert {kernel.__name__ for kernel, _ in asked} == {family.kernel for family in FAMILIES}
+    expected = {family.kernel for family in FAMILIES if arch_of(family) == arch}
+    assert {kernel.__name__ for kernel, _ in asked} == expected
 
 
 def test_without_experts_dealt_out_there_is_no_map() -> None:
@@ -277,9 +313,8 @@ def test_bytes_and_flop_of_a_linear() -> None:
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 16384])
 @pytest.mark.parametrize("top_k", [1, 6])
 def test_groups_are_guessed_as_the_runner_does(tokens: int, top_k: int) -> None:
-    runner = SimpleNamespace(num_global_experts=384)
     experts = Rank(PRO, 8, ep=True).experts()[0]._replace(top_k=top_k)
-    assert deployment.group_tokens(experts, tokens) == sm100.MoeChain._tokens(runner, tokens, top_k)
+    assert deployment.group_tokens(experts, tokens) == guess_tokens(tokens, top_k, 384)
 
 
 def test_large_steps_are_bound_by_the_tensor_cores() -> None:
@@ -316,11 +351,53 @@ def test_dealing_experts_out_moves_the_same_work() -> None:
 @pytest.mark.parametrize("tp", TP)
 @pytest.mark.parametrize("tokens", [1, 200, 16384])
 def test_explained_kernels_are_in_the_closed_set(name: str, tp: int, tokens: int) -> None:
-    there = {(variant.kernel.__module__.rpartition(".")[2], str(variant.config)) for variant in closed(name)}
-    for ep in (False, True):
-        for operator in kernels_cli.explain(MODELS[name], tp, tokens, ep):
-            config = next(f for f in FAMILIES if f.module == operator.kernel).load().Config(**operator.config)
-            assert (operator.kernel, str(config)) in there
+    for arch, gpu in kernels_cli.GPUS.items():
+        there = {(variant.kernel.__module__.rpartition(".")[2], str(variant.config)) for variant in closed(name, arch)}
+        for ep, activations in itertools.product((False, True), gpu.activations):
+            for operator in kernels_cli.explain(MODELS[name], tp, tokens, ep, arch, activations):
+                config = next(f for f in FAMILIES if f.module == operator.kernel).load().Config(**operator.config)
+                assert (operator.kernel, str(config)) in there
+
+
+def hopper(activations: str | None, tokens: int = 64) -> dict[str, kernels_cli.Operator]:
+    found = kernels_cli.explain(PRO, 8, tokens, arch="sm_90a", activations=activations)
+    return {operator.name: operator for operator in found}
+
+
+def test_what_hopper_does_to_activations() -> None:
+    default, bf16, nvfp4 = hopper(None), hopper("bf16"), hopper("nvfp4")
+    assert default == bf16
+    first = "round for wq_a + wkv"
+    assert first in nvfp4
+    assert not any(name.startswith("round") for name in bf16)
+    assert {name for name in bf16 if name.startswith("copy")} == {"copy for experts"}
+    assert bf16["experts: gate, up"].config["epilogue"] == "swiglu"
+    assert nvfp4["experts: gate, up"].config["epilogue"] == "swiglu_nvfp4"
+    assert nvfp4[first].num_bytes == 64 * 7168 * 4
+    assert "inverse rope, round for wo_a" in nvfp4
+    assert "inverse rope for wo_a" in bf16
+
+
+def test_bytes_and_flop_of_a_linear_on_hopper() -> None:
+    m, n, k = 200, 2048, 7168
+    found = hopper("bf16", m)["wq_a + wkv"]
+    assert (found.kernel, found.swap) == ("grouped_gemm_sm90", True)
+    assert found.num_bytes == 2 * m * k + n * k // 2 + n * k // 16 + 4 * n + 2 * m * n
+    assert found.flop == 2 * m * n * k
+    assert found.seconds == pytest.approx(max(found.num_bytes / 4.8e12, found.flop / 0.989e15))
+    large = hopper("bf16", 16384)["wq_b"]
+    assert large.bound == "tensor"
+    assert large.seconds == pytest.approx(2 * 16384 * 8192 * 1536 / 0.989e15)
+
+
+def test_experts_on_hopper_move_their_weights_and_rows_of_bf16() -> None:
+    found = hopper("bf16", 4096)
+    assert found["experts: down"].num_bytes == pytest.approx(
+        384 * 7168 * 384 * 9 / 16 + 4096 * 6 * (2 * 384 + 2 * 7168), rel=1e-6
+    )
+    assert found["experts: gate, up"].num_bytes == pytest.approx(
+        384 * 768 * 7168 * 9 / 16 + 4096 * 6 * (2 * 7168 + 2 * 384), rel=1e-6
+    )
 
 
 def test_explain_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,6 +406,13 @@ def test_explain_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "deepseek-v4-pro, tp 8, 64 tokens" in text
     assert text.count("roofline of one B200, not measured: 8 TB/s, 9 PFLOPS dense FP4") == 2
     assert "wq_a + wkv" in text
+
+
+def test_explain_prints_a_table_of_hopper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels_cli.main(["explain", "--arch", "sm_90a", "--activations", "nvfp4"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("roofline of one H200, not measured: 4.8 TB/s, 0.989 PFLOPS dense BF16") == 2
+    assert "round for wq_b" in text
 
 
 def test_explain_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,6 +428,9 @@ def test_explain_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["--tp", "5"], "num_heads is 128, no multiple of 5"),
         (["-m", "0"], "-m is 0, expected at least 1 token"),
         (["--model", "nowhere"], "nor a readable config.json"),
+        (["--arch", "sm_80"], "--arch is 'sm_80', expected one of sm_100a, sm_90a"),
+        (["--activations", "bf16"], "--activations is 'bf16', expected nvfp4 on sm_100a"),
+        (["--arch", "sm_90a", "--activations", "fp8"], "--activations is 'fp8', expected bf16 or nvfp4 on sm_90a"),
     ],
 )
 def test_explain_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
