@@ -23,9 +23,10 @@ from cutedsl.layout import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
 # What follows a GEMM's sums; the same names as in the kernels, which import the compiler.
 BF16, SWIGLU, SWIGLU_NVFP4 = "bf16", "swiglu", "swiglu_nvfp4"
 
-# Of all GEMM kernels: rows on the MMA's M, and a step of K.
+# Of all GEMM kernels: rows on the MMA's M, what a step of K loads, and K of an MMA: those behind k are not executed.
 TILE_M = 128
 TILE_K = 256
+MMA_K = 64
 _STEP_TILES = TILE_K // (TILE_COLUMNS * NVFP4.block_size)
 
 
@@ -90,7 +91,7 @@ def linear(m: int, n: int, k: int, tile_n: int) -> Cost:
         tma_store_bytes=tiles * TILE_M * tile_n * 2,
         unique_load_bytes=_matrix_bytes(m, k) + _matrix_bytes(n, k),
         unique_store_bytes=m * n * 2,
-        flops=2 * steps * TILE_M * tile_n * TILE_K,
+        flops=2 * tiles * TILE_M * tile_n * _up(k, MMA_K),
         **_minimum((m,), n, k, BF16),
     )
 
@@ -123,7 +124,7 @@ def grouped(
         st_bytes=st_bytes,
         unique_load_bytes=_matrix_bytes(touched * TILE_M, k) + _active(counts) * _matrix_bytes(n, k),
         unique_store_bytes=row_tiles * TILE_M * _d_bytes(n, epilogue) + st_bytes,
-        flops=2 * steps * cta_group * TILE_M * tile_n * TILE_K,
+        flops=2 * passes * cta_group * TILE_M * tile_n * _up(k, MMA_K),
         **_minimum(counts, n, k, epilogue),
     )
 
@@ -138,7 +139,8 @@ def swapped(counts: Sequence[int], n: int, k: int, epilogue: str, tile_n: int, n
         tile_n: tokens of a tile.
         num_rows: of X with all padding, the groups' up to multiples of 128; fewer if the last one ends there.
     """
-    steps = sum(_ceil(count, tile_n) for count in counts) * _ceil(n, TILE_M) * _ceil(k, TILE_K)
+    tiles = sum(_ceil(count, tile_n) for count in counts) * _ceil(n, TILE_M)
+    steps = tiles * _ceil(k, TILE_K)
     # Rows of X in a tile, of which the last ones may be no tokens; and scale tiles, whole because tiles begin with them.
     offset, rows, sf_rows = 0, 0, 0
     for count in counts:
@@ -152,7 +154,7 @@ def swapped(counts: Sequence[int], n: int, k: int, epilogue: str, tile_n: int, n
         st_bytes=st_bytes,
         unique_load_bytes=_code_bytes(rows, k) + _sf_bytes(sf_rows, k) + _active(counts) * _matrix_bytes(n, k),
         unique_store_bytes=st_bytes,
-        flops=2 * steps * TILE_M * tile_n * TILE_K,
+        flops=2 * tiles * TILE_M * tile_n * _up(k, MMA_K),
         **_minimum(counts, n, k, epilogue),
     )
 

@@ -285,8 +285,8 @@ def _verdict() -> str:
     ]
     high = [
         "\nThose above it. FLOPs are the product of three paddings: of rows, to tiles (a group of r rows takes at least r up",
-        "to a multiple of 128, or swapped of the tile's tokens); of n, to weight rows of a tile; and of k, to steps of "
-        f"{cost.TILE_K}.\n",
+        "to a multiple of 128, or swapped of the tile's tokens); of n, to weight rows of a tile; and of k, to the MMA's "
+        f"{cost.MMA_K}.\n",
         f"| model | operator | routing | M | mean rows | order | unique / minimum | FLOPs | rows | n | k | {_WITH} |",
         "| --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
@@ -302,7 +302,7 @@ def _verdict() -> str:
             counts = operator.counts(m)
             flops = found.flops / found.min_flops
             of_n, of_k = (
-                -(-size // unit) * unit / size for size, unit in ((operator.n, tile_w), (operator.k, cost.TILE_K))
+                -(-size // unit) * unit / size for size, unit in ((operator.n, tile_w), (operator.k, cost.MMA_K))
             )
             high.append(
                 f"| {model} | {operator.name} | {routing} | {m} | {sum(counts) / len(counts):.0f} | {name} "

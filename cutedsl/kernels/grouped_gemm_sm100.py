@@ -262,6 +262,7 @@ class _Tiles(NamedTuple):
     step: Any
     num_n: Any
     num_k: Any
+    num_k_blocks: Any
     rank: Any
     num_row_tiles: Any
     mTileExpert: Any
@@ -452,7 +453,7 @@ class GroupedGemmSm100:
 
     @cute.jit
     def _mma(self, tiled_mma: Any, smem: _Smem, tmem: Any, tiles: _Tiles, ab_consumer: Any, acc_producer: Any) -> None:
-        """MMA warp: for each stage the scales to TMEM, then four MMAs of 64 along K."""
+        """MMA warp: for each stage the scales to TMEM, then MMAs of 64 along K."""
         config = self.config
         # (MMA, 1, K blocks, stage)
         tCrA = tiled_mma.make_fragment_A(smem.sA)
@@ -478,12 +479,32 @@ class GroupedGemmSm100:
                     # tcgen05.cp and tcgen05.mma run in the order of issue: one place in TMEM serves every stage.
                     cute.copy(copy_sfa, tCsSFA[None, None, None, None, stage.index], tCtSFA_copy)
                     cute.copy(copy_sfb, tCsSFB[None, None, None, None, stage.index], tCtSFB_copy)
-                    tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
                     k_blocks = (None, None, None, stage.index)
                     a, b = [tCrA[k_blocks], tCtSFA], [tCrB[k_blocks], tCtSFB_tile]
-                    cute.gemm(tiled_mma, tCtAcc_tile, a, b, tCtAcc_tile)
+                    self._mma_step(tCtAcc_tile, a, b, k_tile, tiles.num_k_blocks)
                     stage.release()
                 acc.commit()
+
+    @cute.jit
+    def _mma_step(self, tCtAcc: Any, a: Any, b: Any, k_tile: Any, num_k_blocks: Any) -> None:
+        """Adds a stage's product to the accumulator, but for blocks of MMA_K columns wholly behind k, which are zeros.
+
+        Args:
+            a, b: codes and scales, (MMA, 1, K blocks) each.
+            k_tile: the step of K; the first one overwrites what the accumulator holds.
+            num_k_blocks: of all steps.
+        """
+        # One of its own: a flag that is set in a branch cannot reach the one that the caller goes on with.
+        tiled_mma = self._tiled_mma()
+        num_left = num_k_blocks - k_tile * (TILE_K // MMA_K)
+        if num_left >= TILE_K // MMA_K:
+            tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
+            cute.gemm(tiled_mma, tCtAcc, a, b, tCtAcc)
+        else:
+            for k_block in cutlass.range(num_left, unroll=1):
+                tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile + k_block != 0)
+                at = (None, None, k_block)
+                cute.gemm(tiled_mma, tCtAcc, [part[at] for part in a], [part[at] for part in b], tCtAcc)
 
     @cute.jit
     def _epilogue(
@@ -653,6 +674,7 @@ class GroupedGemmSm100:
             step=cute.arch.grid_dim()[0] // config.cta_group,
             num_n=num_n,
             num_k=cute.ceil_div(cute.size(mA, mode=[1]), TILE_K),
+            num_k_blocks=cute.ceil_div(cute.size(mA, mode=[1]), MMA_K),
             rank=cute.arch.block_idx()[0] % config.cta_group,
             num_row_tiles=num_row_tiles,
             mTileExpert=mTileExpert,

@@ -239,6 +239,7 @@ class _Tiles(NamedTuple):
     step: Any
     num_w: Any
     num_k: Any
+    num_k_blocks: Any
     sTile: Any
 
 
@@ -456,7 +457,7 @@ class GroupedGemmSwapSm100:
 
     @cute.jit
     def _mma(self, tiled_mma: Any, smem: _Smem, tmem: Any, tiles: _Tiles, ab_consumer: Any, acc_producer: Any) -> None:
-        """MMA warp: for each stage the scales to TMEM, then four MMAs of 64 along K."""
+        """MMA warp: for each stage the scales to TMEM, then MMAs of 64 along K."""
         # (MMA, 1, K blocks, stage)
         tCrW = tiled_mma.make_fragment_A(smem.sW)
         tCrX = tiled_mma.make_fragment_B(smem.sX)
@@ -480,11 +481,32 @@ class GroupedGemmSwapSm100:
                 # tcgen05.cp and tcgen05.mma run in the order of issue: one place in TMEM serves every stage.
                 cute.copy(copy_sfw, tCsSFW[None, None, None, None, stage.index], tCtSFW_copy)
                 cute.copy(copy_sfx, tCsSFX[None, None, None, None, stage.index], tCtSFX_copy)
-                tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
                 k_blocks = (None, None, None, stage.index)
-                cute.gemm(tiled_mma, tCtAcc_tile, [tCrW[k_blocks], tCtSFW], [tCrX[k_blocks], tCtSFX_tile], tCtAcc_tile)
+                w, x = [tCrW[k_blocks], tCtSFW], [tCrX[k_blocks], tCtSFX_tile]
+                self._mma_step(tCtAcc_tile, w, x, k_tile, tiles.num_k_blocks)
                 stage.release()
             acc.commit()
+
+    @cute.jit
+    def _mma_step(self, tCtAcc: Any, w: Any, x: Any, k_tile: Any, num_k_blocks: Any) -> None:
+        """Adds a stage's product to the accumulator, but for blocks of MMA_K columns wholly behind k, which are zeros.
+
+        Args:
+            w, x: codes and scales, (MMA, 1, K blocks) each.
+            k_tile: the step of K; the first one overwrites what the accumulator holds.
+            num_k_blocks: of all steps.
+        """
+        # One of its own: a flag that is set in a branch cannot reach the one that the caller goes on with.
+        tiled_mma = self._tiled_mma()
+        num_left = num_k_blocks - k_tile * (TILE_K // MMA_K)
+        if num_left >= TILE_K // MMA_K:
+            tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
+            cute.gemm(tiled_mma, tCtAcc, w, x, tCtAcc)
+        else:
+            for k_block in cutlass.range(num_left, unroll=1):
+                tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile + k_block != 0)
+                at = (None, None, k_block)
+                cute.gemm(tiled_mma, tCtAcc, [part[at] for part in w], [part[at] for part in x], tCtAcc)
 
     @cute.jit
     def _epilogue(self, tiled_mma: Any, out: _Out, smem: _Smem, tmem: Any, tiles: _Tiles, acc_consumer: Any) -> None:
@@ -594,6 +616,7 @@ class GroupedGemmSwapSm100:
             step=cute.arch.grid_dim()[0],
             num_w=num_w,
             num_k=cute.ceil_div(cute.size(mX, mode=[1]), TILE_K),
+            num_k_blocks=cute.ceil_div(cute.size(mX, mode=[1]), MMA_K),
             sTile=sTile,
         )
 

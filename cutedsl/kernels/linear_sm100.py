@@ -12,9 +12,9 @@ loads. It is persistent: it takes output tiles blockIdx.x, blockIdx.x + gridDim.
 
 Ragged sizes need no code of their own, because TMA fills what lies outside a tensor with zeros and drops such stores:
   - rows beyond m or n multiply to rows and columns of D that are never stored, whatever their scales are;
-  - columns beyond k are codes 0. Their scales must be finite, as 0 * NaN is NaN: whole scale tiles beyond k are zeros
-    from TMA, and the padding inside the last one (only if k is no multiple of 64) is the caller's: `cutedsl.layout`
-    writes zeros there.
+  - columns beyond k are codes 0, and the MMA skips blocks of 64 that have no others. In the last block with columns of k
+    the scales of the others must be finite, as 0 * NaN is NaN (only if k is no multiple of 64): `cutedsl.layout` writes
+    zeros there.
 k is a multiple of 32 and n of 8, because TMA wants rows of 16 bytes: 32 codes of A and B, 8 BF16 of D.
 
 Names: mA, gA, sA the whole matrix, its tiles, their copies in shared memory; tCrA, tCtAcc what the MMA sees (shared
@@ -202,6 +202,7 @@ class _Tiles(NamedTuple):
     step: Any
     num_m: Any
     num_k: Any
+    num_k_blocks: Any
 
 
 class LinearSm100:
@@ -341,7 +342,7 @@ class LinearSm100:
 
     @cute.jit
     def _mma(self, tiled_mma: Any, smem: _Smem, tmem: Any, tiles: _Tiles, ab_consumer: Any, acc_producer: Any) -> None:
-        """MMA warp: for each stage the scales to TMEM, then four MMAs of 64 along K."""
+        """MMA warp: for each stage the scales to TMEM, then MMAs of 64 along K."""
         config = self.config
         # (MMA, 1, K blocks, stage)
         tCrA = tiled_mma.make_fragment_A(smem.sA)
@@ -366,11 +367,32 @@ class LinearSm100:
                 # tcgen05.cp and tcgen05.mma run in the order of issue: one place in TMEM serves every stage.
                 cute.copy(copy_sfa, tCsSFA[None, None, None, None, stage.index], tCtSFA_copy)
                 cute.copy(copy_sfb, tCsSFB[None, None, None, None, stage.index], tCtSFB_copy)
-                tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
                 k_blocks = (None, None, None, stage.index)
-                cute.gemm(tiled_mma, tCtAcc_tile, [tCrA[k_blocks], tCtSFA], [tCrB[k_blocks], tCtSFB_tile], tCtAcc_tile)
+                a, b = [tCrA[k_blocks], tCtSFA], [tCrB[k_blocks], tCtSFB_tile]
+                self._mma_step(tCtAcc_tile, a, b, k_tile, tiles.num_k_blocks)
                 stage.release()
             acc.commit()
+
+    @cute.jit
+    def _mma_step(self, tCtAcc: Any, a: Any, b: Any, k_tile: Any, num_k_blocks: Any) -> None:
+        """Adds a stage's product to the accumulator, but for blocks of MMA_K columns wholly behind k, which are zeros.
+
+        Args:
+            a, b: codes and scales, (MMA, 1, K blocks) each.
+            k_tile: the step of K; the first one overwrites what the accumulator holds.
+            num_k_blocks: of all steps.
+        """
+        # One of its own: a flag that is set in a branch cannot reach the one that the caller goes on with.
+        tiled_mma = self._tiled_mma()
+        num_left = num_k_blocks - k_tile * (TILE_K // MMA_K)
+        if num_left >= TILE_K // MMA_K:
+            tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
+            cute.gemm(tiled_mma, tCtAcc, a, b, tCtAcc)
+        else:
+            for k_block in cutlass.range(num_left, unroll=1):
+                tiled_mma.set(tcgen05.Field.ACCUMULATE, k_tile + k_block != 0)
+                at = (None, None, k_block)
+                cute.gemm(tiled_mma, tCtAcc, [part[at] for part in a], [part[at] for part in b], tCtAcc)
 
     @cute.jit
     def _epilogue(
@@ -454,8 +476,15 @@ class LinearSm100:
     def _tiles(self, mA: cute.Tensor, mD: cute.Tensor) -> _Tiles:
         num_m = cute.ceil_div(cute.size(mD, mode=[0]), TILE_M)
         num_n = cute.ceil_div(cute.size(mD, mode=[1]), self.config.tile_n)
-        num_k = cute.ceil_div(cute.size(mA, mode=[1]), TILE_K)
-        return _Tiles(cute.arch.block_idx()[0], num_m * num_n, cute.arch.grid_dim()[0], num_m, num_k)
+        k = cute.size(mA, mode=[1])
+        return _Tiles(
+            first=cute.arch.block_idx()[0],
+            end=num_m * num_n,
+            step=cute.arch.grid_dim()[0],
+            num_m=num_m,
+            num_k=cute.ceil_div(k, TILE_K),
+            num_k_blocks=cute.ceil_div(k, MMA_K),
+        )
 
     def _tiled_mma(self) -> cute.TiledMma:
         op = tcgen05.MmaMXF4NVF4Op(

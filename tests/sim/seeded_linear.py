@@ -31,6 +31,8 @@ from ptxsim.tensormap import Swizzle
 
 LD = r"tcgen05\.ld\.sync"
 MMA = r"\btcgen05\.mma\."
+# Four of a whole step of K, then the one that a loop executes for what is left of k in the last step.
+NUM_MMAS, LAST_STEP = 5, 4
 CP = r"tcgen05\.cp\."
 STORE = r"cp\.async\.bulk\.tensor\.2d\.global"
 LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared::cta\.global"
@@ -133,17 +135,17 @@ def scales_of_the_next_stage(t: Text) -> None:
 
 
 def exchange_scales(t: Text) -> None:
-    for line in t.find(MMA, 4):
+    for line in t.find(MMA, NUM_MMAS):
         t.change(line, r"(\[%r\d+\]), (\[%r\d+\]), (%p\d+;)", r"\2, \1, \3")
 
 
 def scales_of_another_block(t: Text) -> None:
-    second, third = t.find(MMA, 4)[1:3]
+    second, third = t.find(MMA, NUM_MMAS)[1:3]
     t.change(third, re.escape(t.operands(third)[4]), t.operands(second)[4])
 
 
 def descriptor_advance(t: Text) -> None:
-    line = t.one(MMA, 1, 4)
+    line = t.one(MMA, 1, NUM_MMAS)
     descriptor = t.operands(line)[1]
     low = next(
         re.search(r"\{(%r\d+), ", t.lines[i])[1]
@@ -153,36 +155,44 @@ def descriptor_advance(t: Text) -> None:
     t.change(t.one(rf"add\.s32\s+{low}, %r\d+, 2;"), ", 2;", ", 4;")
 
 
+def change_descriptors(t: Text, difference: int) -> None:
+    for line in t.find(r"or\.b32\s+%r\d+, %r\d+, \d{9};", NUM_MMAS):
+        [number] = re.findall(r", (\d{9});", t.lines[line])
+        t.change(line, number, str(int(number) + difference))
+
+
 def instruction_descriptor(t: Text) -> None:
     # N / 8 lies from bit 17 on.
-    line = t.one(r"selp\.b32\s+%r\d+, \d{9}, \d{9}, %p")
-    for number in re.findall(r"\d{9}", t.lines[line]):
-        t.change(line, number, str(int(number) - (1 << 17)))
+    change_descriptors(t, -(1 << 17))
 
 
 def twice_the_rows(t: Text) -> None:
     # M / 128 lies from bit 27 on.
-    line = t.one(r"selp\.b32\s+%r\d+, \d{9}, \d{9}, %p")
-    for number in re.findall(r"\d{9}", t.lines[line]):
-        t.change(line, number, str(int(number) + (1 << 27)))
+    change_descriptors(t, 1 << 27)
 
 
 def accumulate_on_garbage(t: Text) -> None:
-    flag = t.operands(t.one(MMA, 0, 4))[6]
+    flag = t.operands(t.one(MMA, 0, NUM_MMAS))[6]
     line = t.one(rf"setp\.ne\.b32\s+{flag}, ")
     t.drop(line)
     t.lines[line] = f"mov.pred {flag}, -1;"
 
 
 def accumulate_never(t: Text) -> None:
-    flag = t.operands(t.one(MMA, 3, 4))[6]
+    flag = t.operands(t.one(MMA, 3, NUM_MMAS))[6]
     t.change(t.one(rf"mov\.pred\s+{flag}, -1"), "-1", "0")
 
 
 def only_last_step_counts(t: Text) -> None:
-    flag = t.operands(t.one(MMA, 0, 4))[6]
+    flag = t.operands(t.one(MMA, LAST_STEP, NUM_MMAS))[6]
     line = t.one(rf"setp\.ne\.b32\s+{flag}, ")
     t.lines[line] = f"mov.pred {flag}, 0;"
+
+
+def skip_one_mma_too_many(t: Text) -> None:
+    # What is left of k in the last step is one block: a loop that wants two is not entered.
+    mma = t.one(MMA, LAST_STEP, NUM_MMAS)
+    t.change(max(i for i in t.find(r"setp\.lt\.s32\s+%p\d+, %r\d+, 1;") if i < mma), ", 1;", ", 2;")
 
 
 def deallocate(columns: int) -> Edit:
@@ -337,6 +347,7 @@ BUGS = [
     bug("accumulates on an empty accumulator", "uninitialised-read", accumulate_on_garbage),
     bug("last MMA of a step does not accumulate", WRONG, accumulate_never),
     bug("steps of K do not accumulate", WRONG, only_last_step_counts),
+    bug("MMA of the last block of K left out", WRONG, skip_one_mma_too_many),
     bug("tensor memory is not given back", "tmem-in-use-at-exit", drop(r"tcgen05\.dealloc")),
     bug("dealloc of fewer columns", "tmem-misuse", deallocate(128)),
     bug("alloc of too few columns", "tmem-misuse", allocate(128)),
@@ -360,7 +371,7 @@ BUGS = [
     bug("accumulator is given back before it is read", "race", release_before_reading),
     bug("all lanes announce the bytes", "barrier-overarrival", every_lane(r"mbarrier\.arrive\.expect_tx")),
     bug("all lanes load A", "race | in-flight-access | leftover-transactions", every_lane(LOAD, 0, 4)),
-    bug("all lanes execute an MMA", WRONG, every_lane(MMA, 1, 4)),
+    bug("all lanes execute an MMA", WRONG, every_lane(MMA, 1, NUM_MMAS)),
     bug(
         "all lanes give a stage back",
         "barrier-overarrival | deadlock | race | in-flight-access",

@@ -36,9 +36,9 @@ def test_a_race_in_a_public_kernel_is_found() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("case", FLASHINFER, ids=lambda case: case.name)
 def test_flashinfer_nightly(case: Case) -> None:
-    for policy in case.policies:
-        for seed in (1, 2):
-            case.run(policy, seed, nightly=True)
+    # Each policy has inputs of its own; `random` is the one whose order of events depends on the seed.
+    for seed, policy in enumerate(case.policies, 1):
+        case.run(policy, seed, nightly=True)
 
 
 def _run_quack(arch: str, policies: tuple[str, ...], *options: str) -> dict[tuple[str, str], dict[str, Any]]:

@@ -199,6 +199,26 @@ def test_swapped_as_a_linear(m: int) -> None:
     assert_same(cost.swapped((m,), n, k, BF16, tile_n, m), *found)
 
 
+def num_mmas(report: ptxsim.Report) -> int:
+    return sum(count for name, count in report.counters.items() if name.startswith("op:tcgen05.mma."))
+
+
+# A tile of one step and of two: the last one whole, and with 1, 2 and 3 of its 4 blocks.
+@pytest.mark.parametrize(("k", "mmas"), [(32, 1), (96, 2), (256, 4), (288, 5), (384, 6), (448, 7), (512, 8)])
+def test_no_mma_behind_k(k: int, mmas: int) -> None:
+    m, n = 7, 64
+    sf = scales(*padded_shape(m, k // 16)), scales(*padded_shape(n, k // 16))
+    d = torch.zeros(m, n, dtype=torch.bfloat16)
+    function = linear_sm100.compiled(linear_sm100.largest_config(64, ARCH))
+    assert num_mmas(observe(function, codes(m, k // 2), codes(n, k // 2), *sf, torch.ones(n), d, 1)[0]) == mmas
+    operands, alpha, tables, swapped_tables, result, _ = group_arguments((m,), n, k, BF16, 0)
+    for cta_group in (1, 2):
+        function = grouped_gemm_sm100.compiled(grouped_gemm_sm100.largest_config(BF16, 128, cta_group, ARCH))
+        assert num_mmas(observe(function, *operands, alpha, *tables, *result, float("inf"), 1)[0]) == mmas
+    function = grouped_gemm_swap_sm100.compiled(grouped_gemm_swap_sm100.largest_config(BF16, 8, ARCH))
+    assert num_mmas(observe(function, *operands, alpha, *swapped_tables, *result, float("inf"), 1)[0]) == mmas
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 

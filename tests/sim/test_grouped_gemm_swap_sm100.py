@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from covering import run_pairs
 
 import ptxsim
 from cutedsl import compile as compiler
@@ -221,7 +222,7 @@ SHAPES = [
     ((3,), 136, 256, 1),
     ((0, 1, 3), 384, 288, 2),
     ((7, 8, 9, 0), 136, 96, 3),
-    ((63, 0, 65, 64), 8, 320, 2),
+    ((63, 0, 65, 64), 8, 448, 2),
     ((0, 0, 9, 1, 0, 17, 3, 0), 264, 544, 5),
 ]
 
@@ -236,7 +237,7 @@ def test_bf16(matrix, tile_n: int) -> None:
 
 SWIGLU_SHAPES = [
     ((3, 0, 9), 160, 256, 2),
-    ((0, 65, 1), 32, 320, 1),
+    ((0, 65, 1), 32, 416, 1),
     ((7, 8, 0, 1), 384, 96, 3),
 ]
 
@@ -376,8 +377,18 @@ def test_all_sizes(matrix, epilogue: str, tile_n: int) -> None:
         limit = LIMIT if epilogue != BF16 and k > 32 else None
         return simulate(epilogue, tile_n, (counts, n, k, clusters), policy, seed, limit, exact=k != 800)
 
-    counts = [(130,), (65, 0, 9, 64, 1, 8, 0, 63), (0, 3, 7)]
-    matrix(case, counts=counts, n=(8, 136, 768), k=(32, 800, 1536))
+    # 0, 1, 7, 64, 129, 820 tokens and groups of all kinds.
+    counts = [
+        (0, 0),
+        (1,),
+        (0, 7),
+        (64,),
+        (0, 3, 7),
+        (129, 0),
+        (65, 0, 9, 64, 1, 8, 0, 63),
+        (300, 127, 0, 129, 1, 8, 255),
+    ]
+    run_pairs(matrix, case, counts=counts, n=(8, 136, 768), k=(32, 384, 800, 1536))
 
 
 @pytest.mark.parametrize(("tile_n", "clusters", "ctas"), [(8, 148, 96), (64, 148, 12), (64, 4, 4)])

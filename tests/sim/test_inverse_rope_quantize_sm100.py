@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import run_pairs
 from quantize_kit import SPECIAL_SCALES, Outputs, random_rows, simulated, special_rows
 
 import ptxsim
@@ -85,7 +86,7 @@ def test_all_sizes(matrix) -> None:
         o = random_o(num_tokens, 2 * num_groups, 512, seed)
         return simulate(o, make_cache(64, seed), num_groups, 0.0021, 1 + num_tokens % 9, policy, seed)
 
-    matrix(case, seeds=(0, 1, 2), num_tokens=(1, 7, 64, 129, 820), num_groups=(1, 2))
+    run_pairs(matrix, case, seeds=(0, 1, 2), num_tokens=(1, 7, 64, 129, 820), num_groups=(1, 2))
 
 
 @pytest.mark.parametrize("tensor_scale", SPECIAL_SCALES)

@@ -213,7 +213,18 @@ gemm_swiglu = gemm_kernel("swiglu", "swiglu", 128, 1, (7, 3), 160, 256)
 gemm_quantized = gemm_kernel("swiglu_nvfp4", "swiglu_nvfp4", 64, 1, (7, 3), 192, 256)
 gemm_quantized_pair = gemm_kernel("swiglu_nvfp4, 2 CTAs", "swiglu_nvfp4", 128, 2, (1, 130), 192, 256)
 
+# The last step of K has one block of 64, which is all that a loop over the step does.
+LAST_STEP = [
+    source(
+        "MMA of the last block of K left out",
+        WRONG,
+        "cutlass.range(num_left, unroll",
+        "cutlass.range(num_left - 1, unroll",
+    ),
+    source("last step of K overwrites the sums", WRONG, "k_tile + k_block != 0", "k_block != 0"),
+]
 GEMM = [
+    *LAST_STEP,
     ptx("B of another expert", WRONG, coordinate(LOAD_B, 2, "mov.b32 OTHER, 0;")),
     ptx("B's scales of another expert", WRONG, coordinate(LOAD_SFB, 3, "mov.b32 OTHER, 0;")),
     source("alpha of another expert", WRONG, "scaling.mAlpha[expert, n // (", "scaling.mAlpha[0, n // ("),
@@ -241,6 +252,7 @@ GEMM = [
     ptx("sums rounded towards zero", WRONG, change_all(r"cvt\.rn\.bf16x2", 32, r"\.rn\.", ".rz.")),
 ]
 GEMM_PAIR = [
+    *LAST_STEP,
     ptx("A's scales of the pair's other tile", WRONG, coordinate(LOAD_SFA, 2, "xor.b32 OTHER, {}, 1;")),
     source("one pass for two experts", "output-not-written", "passes = cutlass.Int32(2)", "passes = cutlass.Int32(1)"),
     source(
@@ -318,6 +330,7 @@ swap = swap_kernel("bf16", "bf16", 8, ((3, 0, 9), 136, 544, 1))
 swap_quantized = swap_kernel("swiglu_nvfp4", "swiglu_nvfp4", 32, ((65, 0, 1), 160, 256, 1))
 
 SWAP = [
+    *LAST_STEP,
     ptx("W of another expert", WRONG, coordinate(LOAD_A, 2, "mov.b32 OTHER, 0;")),
     ptx("W's scales of another expert", WRONG, coordinate(LOAD_SFA, 3, "mov.b32 OTHER, 0;")),
     ptx("tokens' scales not moved to lane 0", WRONG, coordinate(LOAD_SFB, 0, "mov.b32 OTHER, 0;")),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from covering import run_pairs
 
 import ptxsim
 from cutedsl import compile as compiler
@@ -100,7 +101,7 @@ SHAPES = [
     (300, 64, 512, 2),
     (1, 576, 32, 4),
     (7, 264, 1536, 1),
-    (129, 264, 96, 1),
+    (129, 264, 448, 1),
 ]
 
 
@@ -155,7 +156,8 @@ def test_all_sizes(matrix, tile_n: int) -> None:
     def case(policy: str, seed: int, m: int, n: int, k: int) -> ptxsim.Report:
         return simulate(config, m, n, k, 1 + (m + n + k // 32) % 4, policy, seed)
 
-    matrix(case, seeds=(0, 1, 2), m=(1, 7, 64, 129, 300), n=(8, 136, 576), k=(64, 96, 256, 320, 512, 1536))
+    sizes = {"m": (1, 7, 64, 129, 300, 820), "n": (8, 136, 576), "k": (64, 96, 256, 320, 384, 512, 1536)}
+    run_pairs(matrix, case, seeds=(0, 1, 2), **sizes)
 
 
 @pytest.mark.full

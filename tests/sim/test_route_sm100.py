@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from covering import run_pairs
 
 import ptxsim
 from cutedsl import compile as compiler
@@ -184,7 +185,8 @@ def test_all_shapes(matrix) -> None:
         config = Config(top_k, 32, num_ctas=1 + num_tokens % 2)
         return simulate(config, make_ids(num_tokens, top_k, num_experts, 32), num_experts, None, policy, seed)
 
-    matrix(
+    run_pairs(
+        matrix,
         case,
         policies=("lazy", "random"),
         seeds=(0, 1),
