@@ -1,0 +1,68 @@
+#!/bin/bash
+# Everything that is shown on a GPU, with logs that say on what: scripts/gpu_check.sh OUT_DIR [STEP ...]
+#
+# Steps: tests (kernels and runners), memcheck, racecheck (compute-sanitizer), linear, moe (benchmarks), engine (needs vLLM for
+# CUDA). Default: tests memcheck racecheck. Each writes OUT_DIR/STEP.log, benchmarks OUT_DIR/STEP.jsonl too.
+#
+#   PYTHON          interpreter, default python3
+#   NVFP4_AOT_DIR   kernels built ahead of time; without it they are compiled by CuTe DSL
+#   COMMIT          where there is no git
+#   BENCH_SECONDS   for each benchmark, default 100
+#   BENCH_PEERS     default marlin,cublas for linear and marlin for moe; none without vLLM
+set -uo pipefail
+
+if [ $# -lt 1 ]; then
+    sed -n '2,11s/^# \?//p' "$0" >&2
+    exit 64
+fi
+out=$(realpath -m "$1")
+shift
+steps=("${@:-tests memcheck racecheck}")
+read -ra steps <<<"${steps[*]}"
+cd "$(dirname "$0")/.." || exit 1
+mkdir -p "$out"
+PYTHON=${PYTHON:-python3}
+COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
+export COMMIT PYTHONPATH="$PWD:$PWD/patches${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+header() {
+    echo "# $(date -u +%FT%TZ), commit $COMMIT"
+    echo "# $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader)"
+    echo "# $($PYTHON -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)')"
+    echo "# $*"
+}
+
+run() { # STEP COMMAND...
+    local step=$1 begin=$SECONDS
+    shift
+    { header "$@"; "$@"; } >"$out/$step.log" 2>&1
+    local code=$?
+    echo "# exit code $code after $((SECONDS - begin)) s" >>"$out/$step.log"
+    echo "== $step: exit code $code after $((SECONDS - begin)) s"
+    tail -n "${TAIL:-15}" "$out/$step.log"
+    return $code
+}
+
+failed=()
+for step in "${steps[@]}"; do
+    sanitizer=(compute-sanitizer --error-exitcode 1 --tool)
+    case $step in
+    tests) command=("$PYTHON" -m pytest tests/gpu -m "not engine" -q --durations=10) ;;
+    engine) command=("$PYTHON" -m pytest tests/gpu -m engine -q -s) ;;
+    memcheck) command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" memcheck --report-api-errors no "$PYTHON" tests/gpu/sanitize.py) ;;
+    racecheck) command=("${sanitizer[@]}" racecheck "$PYTHON" tests/gpu/sanitize.py) ;;
+    linear | moe)
+        peers=${BENCH_PEERS:-$([ "$step" = moe ] && echo marlin || echo marlin,cublas)}
+        command=("$PYTHON" "scripts/bench/$step.py" --peers "$peers" --seconds-budget "${BENCH_SECONDS:-100}" --out "$out/$step.jsonl")
+        ;;
+    *)
+        echo "unknown step $step" >&2
+        exit 64
+        ;;
+    esac
+    run "$step" "${command[@]}" || failed+=("$step")
+done
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED: ${failed[*]}"
+    exit 1
+fi
