@@ -390,9 +390,9 @@ def inverted_input_scales_everywhere(c: Copy) -> str:
 
 @damage("SHARD_SCALES_DIFFER", 1, "--gpu", "b200")
 def shards_with_different_scales(c: Copy) -> str:
-    """w1 and w3 of an expert: exact on a CPU, refused by the stock kernels of a GPU."""
-    c.edit(f"{c.last_layer}.ffn.experts.1.w3.weight_scale_2", lambda t: t * 1.5)
-    return c.names[f"{c.last_layer}.ffn.experts.1.w1.weight_scale_2"]
+    """w1 and w3 of an expert: exact on a CPU, refused by the kernels of a B200, which quantize their input once."""
+    c.edit(f"{c.last_layer}.ffn.experts.1.w3.input_scale", lambda t: t * 1.5)
+    return c.names[f"{c.last_layer}.ffn.experts.1.w1.input_scale"]
 
 
 # What the files say.

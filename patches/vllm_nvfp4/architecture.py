@@ -132,33 +132,34 @@ def _mtp_tensors(c: Any, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from _hc_head(c, f"{prefix}.")
 
 
-def check_parallel(config: Any, tensor_parallel_size: int, expert_parallel: bool) -> None:
-    """Refuse a tensor-parallel size that some matrix cannot be cut by.
+def check_parallel(config: Any, tensor_parallel_size: int, expert_parallel: bool, data_parallel_size: int = 1) -> None:
+    """Refuse a tensor-parallel size that some matrix cannot be cut by; experts are spread over data-parallel ranks too.
 
-    Raises: ValueError - names the flag, the field and its value, and the sizes that do work.
+    Raises: ValueError - names the flags, the field and its value, and the sizes that do work.
     """
-    tp = tensor_parallel_size
-    bad = _indivisible(config, tp, expert_parallel)
+    tp, dp = tensor_parallel_size, data_parallel_size
+    bad = _indivisible(config, tp, dp, expert_parallel)
     if bad:
-        works = [n for n in (1, 2, 4, 8, 16, 32) if not _indivisible(config, n, expert_parallel)]
+        works = [n for n in (1, 2, 4, 8, 16, 32) if not _indivisible(config, n, dp, expert_parallel)]
+        beside = f" with --data-parallel-size {dp}" if dp > 1 else ""
         raise ValueError(
-            f"--tensor-parallel-size {tp} does not divide this model: {'; '.join(bad)}. Sizes that work: {works}"
+            f"--tensor-parallel-size {tp}{beside} does not divide this model: {'; '.join(bad)}. Sizes that work: {works}"
         )
 
 
-def _indivisible(c: Any, tp: int, expert_parallel: bool) -> list[str]:
+def _indivisible(c: Any, tp: int, dp: int, expert_parallel: bool) -> list[str]:
     """Why `tp` does not fit, one phrase a field."""
-    rules = [("num_attention_heads", c.num_attention_heads, 1), ("o_groups", c.o_groups, 1)]
-    rules.append(("o_groups * o_lora_rank", c.o_groups * c.o_lora_rank, BLOCK_SIZE))
+    rules = [("num_attention_heads", c.num_attention_heads, tp, 1), ("o_groups", c.o_groups, tp, 1)]
+    rules.append(("o_groups * o_lora_rank", c.o_groups * c.o_lora_rank, tp, BLOCK_SIZE))
     shared = c.moe_intermediate_size * c.n_shared_experts
-    rules.append(("moe_intermediate_size * n_shared_experts", shared, BLOCK_SIZE))
+    rules.append(("moe_intermediate_size * n_shared_experts", shared, tp, BLOCK_SIZE))
     if expert_parallel:
-        rules.append(("n_routed_experts", c.n_routed_experts, 1))
+        rules.append(("n_routed_experts", c.n_routed_experts, tp * dp, 1))
     else:
-        rules.append(("moe_intermediate_size", c.moe_intermediate_size, BLOCK_SIZE))
+        rules.append(("moe_intermediate_size", c.moe_intermediate_size, tp * dp, BLOCK_SIZE))
     bad = []
-    for field, value, multiple in rules:
-        if value % (tp * multiple):
+    for field, value, ranks, multiple in rules:
+        if value % (ranks * multiple):
             why = f" (each rank needs whole blocks of {multiple})" if multiple > 1 else ""
-            bad.append(f"{field} is {value}, not a multiple of {tp * multiple}{why}")
+            bad.append(f"{field} is {value}, not a multiple of {ranks * multiple}{why}")
     return bad

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, UnquantizedLinearMethod
 from vllm.utils.multi_stream_utils import execute_in_parallel
 
 from cutedsl.ops.wo_a import wo_a as wo_a_op
 from cutedsl.runners.wo_a import WoARunner
+from cutedsl.runners.workspace import workspace
 from vllm_nvfp4 import dump, platform
 from vllm_nvfp4.checkpoint import CheckpointError
 from vllm_nvfp4.mixin import Upstream, in_front_of
@@ -31,10 +31,7 @@ class Nvfp4AttentionMixin(Upstream):
         runner = self.nvfp4_wo_a_runner
         if runner is None:
             return super()._o_proj(o, positions)
-        if get_forward_context().attn_metadata is None:
-            # Profile run: `o` is uninitialised memory.
-            return torch.zeros((o.shape[0], self.hidden_size), dtype=o.dtype, device=o.device)
-        return self.wo_b(wo_a_op(o.contiguous(), positions, self.rotary_emb.cos_sin_cache, runner.runner_id))
+        return self.wo_b(wo_a_op(o, positions, self.rotary_emb.cos_sin_cache, runner.runner_id))
 
     def _alloc_attn_out(self, num_tokens: int, hidden_states: torch.Tensor) -> Any:
         """A plain BF16 buffer where our wo_a reads it: some NVIDIA layers would fuse an FP8 cast in here."""
@@ -108,8 +105,24 @@ def _replace_weights_proj(indexer: Any, quant_config: Any) -> None:
     )
 
 
+def _separate_workspaces(attn: Any) -> None:
+    """Give linears that upstream runs on auxiliary streams, beside those of the main one, buffers of their own.
+
+    Streams as in `_run_parallel_input_projections`; the indexer's wq_b runs beside wq_b on one of the same.
+    """
+    beside: list[tuple[int, Any]] = []
+    if attn.compressor is not None:
+        beside.append((0, attn.compressor.fused_wkv_wgate))
+    if attn.indexer is not None:
+        beside += [(1, attn.indexer.weights_proj), (1, attn.indexer.wq_b), (2, attn.indexer.compressor.fused_wkv_wgate)]
+    for stream, linear in beside:
+        chain = getattr(getattr(linear, "nvfp4_runner", None), "chain", None)
+        if chain is not None:  # the reference has no buffers
+            chain.workspace = workspace(f"linear, auxiliary stream {stream}", linear.nvfp4_runner.device)
+
+
 def finish(attn: Any) -> None:
-    """After the load: build wo_a's runner, and make sure that RoPE's table is still fp32.
+    """After the load: separate what runs side by side, build wo_a's runner, and make sure that RoPE's table is still fp32.
 
     Raises: CheckpointError - a norm weight is not finite, so wo_a's activation bound is not; RuntimeError - the table was
         rounded (positions beyond a few hundred would be wrong).
@@ -117,6 +130,7 @@ def finish(attn: Any) -> None:
     table = attn.rotary_emb.cos_sin_cache
     if table.dtype != torch.float32:
         raise RuntimeError(f"{attn.prefix}: RoPE's cos/sin table is {table.dtype}, expected float32; vLLM changed it")
+    _separate_workspaces(attn)
     method = attn.wo_a.quant_method
     if not isinstance(method, ModelOptNvFp4WoAMethod):
         return
@@ -141,5 +155,6 @@ def finish(attn: Any) -> None:
         head_dim=attn.head_dim,
         rope_dim=attn.rope_head_dim,
         backend=backend,
+        activations=platform.activations(),
     )
     dump.watch(attn.nvfp4_wo_a_runner)

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBuilder
 from vllm.v1.attention.backends.mla import sparse_swa
@@ -25,6 +26,7 @@ def close_all() -> None:
     """Apply every replacement; a second call changes nothing."""
     _close_tile_scheduler()
     _close_topk()
+    _close_exchange()
 
 
 def _close_tile_scheduler() -> None:
@@ -54,6 +56,52 @@ def _close_topk() -> None:
     """
     cpu_router.hash_topk_cpu = hash_topk
     cpu_router.biased_topk_cpu = biased_topk
+
+
+def _close_exchange() -> None:
+    """Let data-parallel ranks exchange different numbers of tokens.
+
+    Why: AgRsAll2AllManager (all2all.py:148,172), the CPU's only way for experts to see other ranks' tokens, calls two methods
+    that cpu_communicator.py lacks: NotImplementedError on the first request with --data-parallel-size 2.
+    Remove when: CpuCommunicator has them.
+    """
+    CpuCommunicator.all_gatherv = all_gatherv
+    CpuCommunicator.reduce_scatterv = reduce_scatterv
+
+
+def all_gatherv(
+    self: Any, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+) -> torch.Tensor | list[torch.Tensor]:
+    """The rows of all ranks, in the order of ranks.
+
+    Args: input_: (sizes[rank], ...) each. sizes: rows of each rank; None if all have as many.
+    """
+    if not isinstance(input_, torch.Tensor):
+        return [all_gatherv(self, tensor, dim, sizes) for tensor in input_]
+    counts = _counts(self, dim, sizes, len(input_) * self.world_size)
+    # gloo gathers equal shapes.
+    padded = input_.new_zeros(max(counts), *input_.shape[1:])
+    padded[: len(input_)] = input_
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(parts, padded, group=self.device_group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
+    """This rank's rows of the sum over ranks.
+
+    Args: input_: (sum(sizes), ...). sizes: rows of each rank; None if all have as many.
+    """
+    counts = _counts(self, dim, sizes, len(input_))
+    total = input_.clone()
+    torch.distributed.all_reduce(total, group=self.device_group)
+    return total.split(counts)[self.rank_in_group]
+
+
+def _counts(self: Any, dim: int, sizes: list[int] | None, num_rows: int) -> list[int]:
+    if dim != 0:
+        raise NotImplementedError(f"dim is {dim}; experts exchange rows")
+    return sizes or [num_rows // self.world_size] * self.world_size
 
 
 def scores_of(logits: torch.Tensor, scoring_func: str) -> torch.Tensor:

@@ -25,8 +25,15 @@ ALLOW_VLLM = Variable(
 DUMP_DIR = Variable("NVFP4_DUMP_DIR", "", "test aid: every op's inputs and output are saved here (slow, eager only)")
 
 NO_JIT = Variable("NVFP4_NO_JIT", "0", "1: never compile a kernel; one that is not loaded from a set is an error")
+PROVIDER = Variable(
+    "NVFP4_PROVIDER", "auto", "what computes: auto (by device), sm100, sm90, reference, or stock for vLLM's own kernels"
+)
+ACTIVATIONS = Variable("NVFP4_ACTIVATIONS", "auto", "nvfp4 (W4A4) or bf16 (W4A16); auto: bf16 on sm90, else nvfp4")
+AOT_DIR = Variable(
+    "NVFP4_AOT_DIR", "", "folder of kernels built ahead of time; unset: the packaged one, if there is one"
+)
 
-VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT)
+VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR)
 
 
 def text(variable: Variable) -> str:
@@ -45,3 +52,16 @@ def flag(variable: Variable) -> bool:
             f"{variable.name}={value!r}: expected 0 or 1 ({variable.doc}); set it to one of them or unset it"
         )
     return value == "1"
+
+
+def choice(variable: Variable, allowed: tuple[str, ...]) -> str:
+    """The variable as one of `allowed`.
+
+    Raises: ValueError - any other text.
+    """
+    value = text(variable).strip()
+    if value not in allowed:
+        raise ValueError(
+            f"{variable.name}={value!r}: expected one of {', '.join(allowed)} ({variable.doc}); set it to one or unset it"
+        )
+    return value

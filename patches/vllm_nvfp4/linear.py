@@ -5,6 +5,7 @@ The hard part is fused modules (wq_a + wkv, wkv + wgate, w1 + w3): each shard ke
 vectors to the runner, and refuses where only a stock kernel with one scale could serve.
 """
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from vllm_nvfp4 import dump, platform, selection
 from vllm_nvfp4.scales import check_scales
 
 NAN = float("nan")
+# The kernel class is the first that vLLM asks for any NVFP4 linear, of any model; it serves those of our method only.
+_for_our_method: ContextVar[bool] = ContextVar("nvfp4_for_our_method", default=False)
 
 
 class Nvfp4RunnerLinearKernel(NvFp4LinearKernel):
@@ -27,7 +30,9 @@ class Nvfp4RunnerLinearKernel(NvFp4LinearKernel):
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """Supported where cutedsl has a backend for this platform."""
+        """Supported for our own method, where cutedsl serves."""
+        if not _for_our_method.get():
+            return False, "it serves DeepSeek-V4 only"
         return platform.backend() is not None, platform.unavailable_reason()
 
     @classmethod
@@ -36,7 +41,12 @@ class Nvfp4RunnerLinearKernel(NvFp4LinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Build the runner on the layer's own tensors."""
+        """Build the runner, but for a shared expert's linears: theirs are built together (shared_expert.py)."""
+        if ".shared_experts." not in layer.prefix:
+            self.build_runner(layer)
+
+    def build_runner(self, layer: torch.nn.Module) -> None:
+        """Build the runner on the layer's own tensors, which mean nothing to any other runner from then on."""
         backend = platform.backend()
         assert backend is not None  # is_supported was asked before this class was chosen
         layer.nvfp4_runner = LinearRunner(
@@ -47,11 +57,12 @@ class Nvfp4RunnerLinearKernel(NvFp4LinearKernel):
             layer.input_scale.data,
             layer.logical_widths,
             backend=backend,
+            activations=platform.activations(),
         )
         dump.watch(layer.nvfp4_runner)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x @ W.T in W4A4, for x of any leading shape."""
+        """x @ W.T, for x of any leading shape."""
         out = linear_op(x.reshape(-1, x.shape[-1]), layer.nvfp4_runner.runner_id)
         out = out.reshape(*x.shape[:-1], out.shape[-1])
         return out if bias is None else out + bias
@@ -71,7 +82,11 @@ class ModelOptNvFp4ShardedLinearMethod(ModelOptLinearMethod):
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """vLLM's parameters, with NaN in place of uninitialised memory in every scale."""
-        super().create_weights(layer, *args, **kwargs)
+        token = _for_our_method.set(True)
+        try:
+            super().create_weights(layer, *args, **kwargs)
+        finally:
+            _for_our_method.reset(token)
         for leaf in ("weight_scale_2", "input_scale"):
             getattr(layer, leaf).data.fill_(NAN)
         own = isinstance(self.kernel, Nvfp4RunnerLinearKernel)

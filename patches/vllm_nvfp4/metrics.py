@@ -1,65 +1,102 @@
-"""What serves how many modules, as a Prometheus metric on the server's own /metrics.
+"""What serves how many modules and what the kernel cache did, as Prometheus metrics.
 
-Modules live in worker processes, /metrics in the API server's: each worker writes its counts into a folder that the
-front process made before it started them, and a collector there reads the folder when it is scraped.
+Modules live in worker processes, /metrics in the API server's and in the side port's: each worker writes its counts into
+a folder that the front process made before it started them, and a collector reads the folder when it is scraped.
 """
 
 import atexit
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
 from vllm_nvfp4 import selection
+from vllm_nvfp4.status import FRONT, Status
 
-# Set by the front process for its children; not for users.
+# Set by the front process for its children; not for users. The folder's name ends in its maker's process id.
 FOLDER_VARIABLE = "NVFP4_INTERNAL_METRICS_DIR"
+_is_open = False
+KERNEL_COUNTS = {
+    "hits": "Kernels asked for and found in the cache",
+    "misses": "Kernels asked for and not found",
+    "loaded": "Misses that a set built ahead of time answered",
+    "compilations": "Misses that the compiler answered",
+}
 
 
 class ModuleCollector(Collector):
-    """nvfp4_modules{rank, kind, served_by, fallback}: number of modules."""
+    """nvfp4_modules{rank, kind, served_by, fallback}, nvfp4_fallback_modules{rank}, nvfp4_kernel_cache_*_total{rank}."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """The counts that workers have published so far."""
         metric = GaugeMetricFamily(
             "nvfp4_modules", "Modules by what serves them", labels=["rank", "kind", "served_by", "fallback"]
         )
         fallbacks = GaugeMetricFamily("nvfp4_fallback_modules", "Modules served by a stock fallback", labels=["rank"])
+        kernels = {
+            name: CounterMetricFamily(f"nvfp4_kernel_cache_{name}", doc, labels=["rank"])
+            for name, doc in KERNEL_COUNTS.items()
+        }
         for path in sorted(self.folder.glob("*.json")):
-            rows = json.loads(path.read_text())
-            for kind, served_by, fallback, count in rows:
+            found = json.loads(path.read_text())
+            for kind, served_by, fallback, count in found["modules"]:
                 metric.add_metric([path.stem, kind, served_by, str(int(fallback))], count)
-            fallbacks.add_metric([path.stem], sum(row[3] for row in rows if row[2]))
+            fallbacks.add_metric([path.stem], sum(row[3] for row in found["modules"] if row[2]))
+            for name, count in found["kernels"].items():
+                kernels[name].add_metric([path.stem], count)
         yield metric
         yield fallbacks
+        yield from kernels.values()
+
+
+def make_folder() -> Path:
+    """In the front process: the folder, made once and named to children."""
+    found = os.environ.get(FOLDER_VARIABLE)
+    if not found:
+        found = tempfile.mkdtemp(prefix="nvfp4-metrics-", suffix=f"-{os.getpid()}")
+        os.environ[FOLDER_VARIABLE] = found
+    return Path(found)
 
 
 def open_folder() -> None:
-    """In the front process: make the folder, tell children, register the collector; once."""
-    if os.environ.get(FOLDER_VARIABLE):
+    """In the front process, which may have made the folder before it became vLLM: show its counts, remove it at the end.
+
+    Called when the configuration is being checked, so this is also where the front's heartbeat says `config`.
+    """
+    global _is_open
+    folder, owner = make_folder(), os.getpid()
+    if _is_open or not folder.name.endswith(f"-{owner}"):
         return
-    folder = tempfile.mkdtemp(prefix="nvfp4-metrics-")
-    os.environ[FOLDER_VARIABLE] = folder
-    owner = os.getpid()
+    _is_open = True
+    Status(rank=FRONT).update("config")
     # Forked children inherit the handler; only the maker may remove the folder.
     atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
-    REGISTRY.register(ModuleCollector(Path(folder)))
+    REGISTRY.register(ModuleCollector(folder))
+
+
+def kernel_counts() -> dict[str, Any]:
+    """What the kernel cache of this process did; nothing where no kernel was ever asked for."""
+    module = sys.modules.get("cutedsl.compile")
+    return {name: asdict(module.counters())[name] for name in KERNEL_COUNTS} if module else {}
 
 
 def publish(rank: int) -> None:
-    """In a worker: write this process's counts."""
+    """In a worker: write this process's counts; call it again when they changed."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return
     rows = [[kind, served_by, fallback, count] for (kind, served_by, fallback), count in selection.summary().items()]
     temporary = Path(folder, f"{rank}.tmp")
-    temporary.write_text(json.dumps(rows))
+    temporary.write_text(json.dumps({"modules": rows, "kernels": kernel_counts()}))
     os.replace(temporary, Path(folder, f"{rank}.json"))

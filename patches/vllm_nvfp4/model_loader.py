@@ -20,8 +20,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
-from vllm_nvfp4 import checkpoint, metrics, names, selection
+from vllm_nvfp4 import checkpoint, kernel_sets, metrics, names, platform, selection, served, warmup
 from vllm_nvfp4.loader import Progress
+from vllm_nvfp4.quantization import Nvfp4Config
 from vllm_nvfp4.status import Status
 
 LOAD_FORMAT = "nvfp4"
@@ -59,13 +60,19 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         self.status = Status()
 
     def load_model(self, vllm_config: Any, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
-        """Construct, load and process, with a phase in the heartbeat for each."""
+        """Construct, load, process, check and warm up, with a phase in the heartbeat for each."""
         self.status = Status(rank=get_world_group().rank)
         self.status.update("constructing")
+        if platform.backend() in platform.CAPABILITY_OF:
+            kernel_sets.use()
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         release_free_heap()
         self.status.update("loaded", 1, 1, "model")
         selection.log_summary()
+        if isinstance(vllm_config.quant_config, Nvfp4Config):
+            served.check(model, vllm_config.quant_config)
+            served.key_compiled_graphs(vllm_config)
+            warmup.run(model, warmup.Limits.of(vllm_config), self.status)
         metrics.publish(get_world_group().rank)
         return model
 

@@ -7,6 +7,7 @@ input scales over experts.
 from typing import Any
 
 import torch
+from vllm.distributed import get_ep_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
@@ -56,6 +57,14 @@ class ModelOptNvFp4RunnerMoEMethod(ModelOptNvFp4FusedMoE):
         """Not tried: rearranging experts would have to rearrange the runner's tensors."""
         return False
 
+    @property
+    def supports_internal_mk(self) -> bool:
+        """True: tokens of other data-parallel ranks are gathered in `apply`, behind the router.
+
+        vLLM's own gathering comes before it, and hash routing would look this rank's token ids up for all ranks' tokens.
+        """
+        return True
+
     def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
         """Stock parameters, poisoned."""
         super().create_weights(layer, *args, **kwargs)
@@ -83,6 +92,7 @@ class ModelOptNvFp4RunnerMoEMethod(ModelOptNvFp4FusedMoE):
             swiglu_limit=layer.swiglu_limit,
             expert_map=layer.expert_map,
             backend=backend,
+            activations=platform.activations(),
         )
         dump.watch(layer.nvfp4_runner)
 
@@ -99,8 +109,16 @@ class ModelOptNvFp4RunnerMoEMethod(ModelOptNvFp4FusedMoE):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """sum_k topk_weights[t, k] * expert_{topk_ids[t, k]}(x[t])."""
-        return moe_op(x, topk_weights, topk_ids, layer.nvfp4_runner.runner_id)
+        """sum_k topk_weights[t, k] * expert_{topk_ids[t, k]}(x[t]), of this rank's experts where the caller sums ranks.
+
+        With data parallelism every rank computes its experts for all ranks' tokens, and gets its own tokens' sum back.
+        """
+        runner_id, is_sharded = layer.nvfp4_runner.runner_id, self.moe.is_sequence_parallel
+        if self.moe.dp_size == 1 and not is_sharded:
+            return moe_op(x, topk_weights, topk_ids, runner_id)
+        group = get_ep_group()
+        x, topk_weights, topk_ids = group.dispatch(x, topk_weights, topk_ids, is_sharded)
+        return group.combine(moe_op(x, topk_weights, topk_ids, runner_id), is_sharded)
 
 
 class ModelOptNvFp4CheckedMoE(ModelOptNvFp4FusedMoE):

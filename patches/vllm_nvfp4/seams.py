@@ -51,7 +51,7 @@ vllm._custom_ops
   signature | hash_topk_cpu biased_topk_cpu | cpu_gaps.py | our replacements take the same parameters
 vllm.config
   exists | ModelConfig | model_loader.py verification.py | annotation
-  exists | VllmConfig | verification.py | annotation
+  exists | ParallelConfig VllmConfig | verification.py | annotation
 vllm.config.load
   value | LoadConfig.load_format | verification.py model_loader.py | its default is one that we replace
   exists | LoadConfig.use_tqdm_on_load | model_loader.py | progress bar or lines
@@ -64,6 +64,12 @@ vllm.config.model
   value | TokenizerMode[deepseek_v4] | cli.py | default of --tokenizer-mode
 vllm.config.parallel
   exists | ParallelConfig.tensor_parallel_size,enable_expert_parallel | verification.py | what sizes must divide by
+  exists | ParallelConfig.data_parallel_size | verification.py warmup.py | ranks whose tokens experts see
+  exists | ParallelConfig.prefill_context_parallel_size,enable_eplb,enable_elastic_ep | verification.py | refused
+  source | ParallelConfig.use_ubatching | verification.py | refused: runners share buffers
+  value | ParallelConfig.all2all_backend | verification.py | refused, but for one
+vllm.config.scheduler
+  exists | SchedulerConfig.max_num_batched_tokens | warmup.py | the largest step
 vllm.config.speculative
   value | MTPModelTypes[deepseek_mtp] | quantization.py | the draft's model_type
 vllm.config.vllm
@@ -73,11 +79,24 @@ vllm.config.vllm
   exists | VllmConfig.quant_config | model.py mtp.py | says whether the checkpoint is ours
   exists | VllmConfig.model_config | model.py verification.py | names the quantization
   exists | VllmConfig.parallel_config,load_config | verification.py | read by the checks
+  exists | VllmConfig.scheduler_config | warmup.py | the largest step
+  source | VllmConfig.compute_hash | served.py | hashes additional_config into the key of compiled graphs | additional_config
+  exists | VllmConfig.additional_config | served.py | where runners' ids go
 vllm.distributed
   signature | get_tensor_model_parallel_rank get_tensor_model_parallel_world_size | loader.py | this rank's heads
   signature | get_world_group | model_loader.py | rank in heartbeat and metrics
+  signature | get_ep_group | moe.py | the ranks that tokens are exchanged with
+vllm.distributed.device_communicators.all2all
+  source | AgRsAll2AllManager.dispatch,combine,_get_sizes | moe.py | gathers tokens, scatters sums | is_sharded
+vllm.distributed.device_communicators.base_device_communicator
+  signature | DeviceCommunicatorBase.all_gatherv,reduce_scatterv | cpu_gaps.py | ours take the same parameters
+  source | DeviceCommunicatorBase.__init__ | cpu_gaps.py | group, rank and number of ranks | rank_in_group
+vllm.distributed.device_communicators.cpu_communicator
+  exists | CpuCommunicator | cpu_gaps.py | patched
+  source | CpuCommunicator.dispatch,combine | cpu_gaps.py | remove ours when it has all it calls | all_gatherv
 vllm.distributed.parallel_state
   exists | GroupCoordinator.rank | model_loader.py | global rank
+  source | GroupCoordinator.dispatch,combine | moe.py | exchange of tokens between ranks
 vllm.entrypoints.cli.main
   source | main | cli.py vllm_cli.py | the command we start; asks for the version of `vllm`
 vllm.entrypoints.launchers.cli_args
@@ -87,9 +106,6 @@ vllm.entrypoints.serve.instrumentator.metrics
 vllm.envs
   exists | environment_variables[VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD] | attention.py | as in upstream's method
   exists | environment_variables[VLLM_CPU_KVCACHE_SPACE] | cli.py | our default for CPUs
-vllm.forward_context
-  signature | get_forward_context | attention.py | tells profile runs from real ones
-  exists | ForwardContext.attn_metadata | attention.py | None in a profile run
 vllm.logger
   signature | init_logger | loader.py | log lines
   source | DEFAULT_LOGGING_CONFIG | compat.py selection.py | loggers below `vllm` are shown | vllm.nvfp4
@@ -113,7 +129,7 @@ vllm.model_executor.kernels.linear.scaled_mm.cpu
 vllm.model_executor.layers.attention
   source | is_deferred_attention_layer | model.py | attention comes behind linears | process_weights_after_loading
 vllm.model_executor.layers.fused_moe
-  exists | RoutedExperts | moe.py quantization.py | the module that our method serves
+  exists | RoutedExperts | moe.py quantization.py served.py | the module that our method serves
   signature | UnquantizedFusedMoEMethod | quantization.py | for experts in high precision
   signature | fused_moe_make_expert_params_mapping | loader.py | slots of the draft's experts
 vllm.model_executor.layers.fused_moe.fused_moe_method_base
@@ -121,7 +137,8 @@ vllm.model_executor.layers.fused_moe.fused_moe_method_base
 vllm.model_executor.layers.fused_moe.layer
   source | FusedMoEFactory | quantization.py | the prefix of experts | .routed_experts
 vllm.model_executor.layers.fused_moe.routed_experts
-  exists | RoutedExperts.layer_name,moe_config,swiglu_limit,apply_router_weight_on_input | moe.py | read by our method
+  exists | RoutedExperts.moe_config,swiglu_limit,apply_router_weight_on_input | moe.py | read by our method
+  exists | RoutedExperts.layer_name | moe.py served.py | names it
   source | RoutedExperts.expert_map | moe.py | global expert -> local slot, or -1
   source | RoutedExperts.__init__ | moe.py | creates weights, refuses EPLB | create_weights, supports_eplb
   source | RoutedExperts.weight_loader | loader.py moe.py | looks for `ModelOpt` in our class's name | ModelOpt
@@ -134,14 +151,15 @@ vllm.model_executor.layers.fused_moe.router.cpu_router
   exists | hash_topk_cpu biased_topk_cpu | cpu_gaps.py | the globals we replace
   source | CPURouter._compute_routing _sqrtsoftplus_bias_topk | cpu_gaps.py | calls them by position | cpu_router
 vllm.model_executor.layers.fused_moe.runner.moe_runner
+  source | MoERunner.do_naive_dispatch_combine,_fused_output_is_reduced | moe.py | who exchanges tokens | supports_internal_mk
   source | MoERunner._apply_quant_method | moe.py | routes, then calls the experts | topk_weights
   source | MoERunner.forward | shared_expert.py | adds the shared expert's output, then reduces | tensor-parallel
 vllm.model_executor.layers.linear
-  exists | LinearBase | quantization.py | tells linears from other layers
+  exists | LinearBase | quantization.py served.py | tells linears from other layers
   source | LinearBase.__init__ | quantization.py | asks for a method by prefix | get_quant_method
   exists | LinearBase.input_size,output_size MergedColumnParallelLinear.output_sizes | attention.py | sizes to rebuild
-  exists | LinearBase.prefix | linear.py shared_expert.py | names runners
-  exists | LinearBase.quant_method | attention.py shared_expert.py | tells who serves a linear
+  exists | LinearBase.prefix | linear.py served.py shared_expert.py | names runners
+  exists | LinearBase.quant_method | attention.py served.py shared_expert.py | tells who serves a linear
   source | LinearMethodBase | wo_a.py | base class
   source | UnquantizedLinearMethod | attention.py quantization.py wo_a.py | high precision; frees weights on CPUs
   source | register_weight_loader_v2_supported_method | linear.py wo_a.py | goes by the class's name
@@ -214,6 +232,8 @@ vllm.model_executor.parameter
   source | PerTensorScaleParameter | linear.py | one global scale a shard | weight_scale_2
 vllm.model_executor.utils
   signature | replace_parameter | fp8_block.py | sets the widened scale
+vllm.model_executor.warmup.kernel_warmup
+  source | kernel_warmup | warmup.py | what is warm without us
 vllm.models.deepseek_v4
   exists | DeepseekV4ForCausalLM | model.py | the platform's model
   exists | DeepSeekV4MTP | mtp.py | the platform's draft
@@ -225,10 +245,12 @@ vllm.models.deepseek_v4.attention
   source | DeepseekV4Attention.compressor,indexer | attention.py | their projections are replaced
   source | DeepseekV4Attention.aux_stream_list,ln_events | attention.py | streams and events of the projections
   source | DeepseekV4Attention.wo_a,wo_b | attention.py | sizes, methods, and that no bias is returned
-  source | DeepseekV4Attention.hidden_size,head_dim,padded_heads,n_local_groups | attention.py | sizes of wo_a's runner
+  source | DeepseekV4Attention.head_dim,padded_heads,n_local_groups | attention.py | sizes of wo_a's runner
   source | DeepseekV4Attention.rope_head_dim,rotary_emb | attention.py | our wo_a undoes RoPE
   source | DeepseekV4Attention.kv_norm | attention.py | bounds wo_a's input
   exists | DeepseekV4Attention.prefix | attention.py | names the runner
+  source | DeepseekV4Attention._prepare_and_attn | attention.py | which linears run side by side | _separate_workspaces
+  source | DeepseekV4Indexer.forward,wq_b | attention.py | on which stream wq_b runs | wq_b
   source | DeepseekV4Indexer.weights_proj | attention.py | built without a method: stop replacing it when not
   exists | DeepseekV4Indexer.compressor,prefix | attention.py | its projections are replaced
 vllm.models.deepseek_v4.common.rope
@@ -295,8 +317,10 @@ vllm.platforms.interface
   exists | PlatformEnum.CPU | fp8_block.py linear.py | key of the kernel tables
   exists | PlatformEnum.CUDA | linear.py | key of the kernel tables
   signature | Platform.is_cpu | fp8_block.py platform.py registration.py | CPU or CUDA
-  signature | Platform.is_cuda | registration.py | CPU or CUDA
-  exists | Platform.device_name | platform.py | named in the reason for a fallback
+  signature | Platform.is_cuda | platform.py registration.py | CPU or CUDA
+  signature | Platform.get_device_name | platform.py | named in the log and in refusals
+  signature | Platform.get_device_capability | platform.py | chooses the backend
+  exists | DeviceCapability.major,minor | platform.py | the compute capability
 vllm.plugins
   value | DEFAULT_PLUGINS_GROUP | __init__.py | our entry point | vllm.general_plugins
   source | load_plugins_by_group | __init__.py | logs and ignores a plugin whose import fails | ignores
@@ -327,6 +351,8 @@ vllm.v1.attention.backends.mla.sparse_swa
   source | _compute_swa_indices_and_lens_kernel | cpu_kernels.py | replaced: compare with ours
 vllm.v1.metrics.prometheus
   source | get_prometheus_registry | metrics.py | the registry behind /metrics | REGISTRY
+vllm.v1.worker.gpu_worker
+  source | Worker.load_model,determine_available_memory,compile_or_warm_up_model | warmup.py | in this order | profile_run
 vllm.v1.worker.utils
   exists | KVBlockZeroer | cpu_kernels.py | patched
   source | KVBlockZeroer._meta KVBlockZeroer.zero_block_ids _zero_kv_blocks_kernel | cpu_kernels.py | replaced: compare

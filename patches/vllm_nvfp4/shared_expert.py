@@ -31,14 +31,16 @@ def adapt(ffn: Any) -> None:
 
 
 def finish(ffn: Any) -> None:
-    """After the load: build the runner where both linears are ours; else upstream's forward stays."""
+    """After the load: build the runner where both linears are ours; else upstream's forward stays, on a runner each."""
     mlp = ffn.shared_experts
     if mlp is None:
         return
     up, down = mlp.gate_up_proj, mlp.down_proj
-    kernels = [getattr(m.quant_method, "kernel", None) for m in (up, down)]
     prefix = up.prefix.removesuffix(".gate_up_proj")
-    if not all(isinstance(kernel, Nvfp4RunnerLinearKernel) for kernel in kernels):
+    ours = [m for m in (up, down) if isinstance(getattr(m.quant_method, "kernel", None), Nvfp4RunnerLinearKernel)]
+    if len(ours) < 2:
+        for linear in ours:
+            linear.quant_method.kernel.build_runner(linear)
         return  # the two linears were recorded one by one, with their reasons
     if mlp.down_proj.reduce_results:
         raise RuntimeError(f"{prefix}: upstream reduces inside the shared expert; vLLM's call order changed")
@@ -56,6 +58,7 @@ def finish(ffn: Any) -> None:
         down.input_scale.data,
         swiglu_limit=ffn.swiglu_limit,
         backend=backend,
+        activations=platform.activations(),
     )
     selection.record(prefix, "shared_expert", f"cutedsl {backend}")
     dump.watch(mlp.nvfp4_runner)

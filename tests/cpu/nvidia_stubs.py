@@ -14,8 +14,7 @@ is computed on the way except where a scenario says so. What is faked, and why:
 5. `has_deep_gemm` is true for the sparse indexer, which refuses to be built without it.
 6. For FP8 linears the only candidate is the overlay's torch kernel: only the choice is replaced. vLLM would take Marlin
    here, which repacks weights on a GPU; what is under test is that the right bytes reach the right parameter.
-7. `vllm_nvfp4.platform._choice` is `reference` where a scenario says so: cutedsl has no GPU kernels yet, and without a
-   backend the overlay's own methods would not be chosen at all.
+7. `NVFP4_PROVIDER` is `reference` or `stock`, by scenario: a B200's own kernels need one.
 8. `FusedMoEParallelConfig.make` says "rank 1 of 2" in the expert-parallel scenario: a second rank would be a process.
 """
 
@@ -28,7 +27,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,20 @@ def become_nvidia() -> None:
     registration.register_all()
 
 
-def reference() -> Any:
-    """Stub 7, as a context."""
-    return patch("vllm_nvfp4.platform._choice", lambda: ("reference", None))
+@contextmanager
+def provider(name: str, **switches: str) -> Iterator[None]:
+    """Stub 7, with more switches of the overlay."""
+    from vllm_nvfp4 import platform
+
+    platform._choice.cache_clear()
+    with patch.dict(os.environ, {"NVFP4_PROVIDER": name, **switches}):
+        yield
+    platform._choice.cache_clear()
+
+
+def reference(**switches: str) -> Any:
+    """The definition, which a CPU can compute."""
+    return provider("reference", **switches)
 
 
 @contextmanager
@@ -310,6 +320,40 @@ def scenario_main(config: VllmConfig) -> dict[str, Any]:
     facts["broadcast_is_derived"] = torch.equal(first.hc_attn_fn_broadcast, folded)
     facts["projections"] = [projections(layer.attn, hidden) for layer in model.model.layers]
     facts["first_cuda_kernel"] = _POSSIBLE_NVFP4_KERNELS[PlatformEnum.CUDA][0].__name__
+    return facts | end_of_load(config, model)
+
+
+def end_of_load(config: VllmConfig, model: Any) -> dict[str, Any]:
+    """What is checked there: that all is served, as it is and with one runner lost; and the key of compiled graphs."""
+    from vllm_nvfp4 import served
+
+    from cutedsl.ops import registry
+
+    keys = [config.compute_hash()]
+    served.key_compiled_graphs(config)
+    keys.append(config.compute_hash())
+    served.key_compiled_graphs(config)
+    keys.append(config.compute_hash())
+    registry.register(lambda x: x, "linear")
+    served.key_compiled_graphs(config)
+    keys.append(config.compute_hash())
+    facts: dict[str, Any] = {"keys": [keys.index(key) for key in keys]}
+    facts["all_served"] = served.check(model, config.quant_config) is None
+    layer = model.model.layers[1]
+    facts["unserved"] = []
+    for owner in (layer.attn.wq_b, layer.ffn.shared_experts, layer.ffn.experts.routed_experts):
+        runner, owner.nvfp4_runner = owner.nvfp4_runner, None
+        facts["unserved"].append(failure(lambda: served.check(model, config.quant_config)))
+        owner.nvfp4_runner = runner
+    return facts
+
+
+def scenario_bf16(config: VllmConfig) -> dict[str, Any]:
+    """NVFP4_ACTIVATIONS=bf16: every runner is told, wo_a's too."""
+    with reference(NVFP4_ACTIVATIONS="bf16", NVFP4_WO_A="1"):
+        model, facts = loaded(config, skip=".wo_a")
+    held = [vars(m).get(n) for m in model.modules() for n in ("nvfp4_runner", "nvfp4_wo_a_runner")]
+    facts["activations"] = Counter(f"{type(r).__name__} {r.activations}" for r in held if r is not None)
     return facts
 
 
@@ -334,9 +378,12 @@ def projections(attn: Any, hidden: int) -> list[Any]:
 
 def scenario_mtp(config: VllmConfig) -> dict[str, Any]:
     """Main model and MTP draft of one checkpoint, as speculative decoding loads them; and FP8's padding in both."""
+    from vllm_nvfp4 import served
+
     with reference():
         main, facts = loaded(config)
         draft, draft_facts = loaded(config, draft=True)
+        facts["all_served"] = [failure(lambda m=m: served.check(m, config.quant_config)) for m in (main, draft)]
     facts["registered_draft"] = str(ModelRegistry.models["DeepSeekV4MTPModel"])
     facts["padded_rows"] = [padded_rows(config, model) for model in (main, draft)]
     return {"main": facts, "draft": draft_facts}
@@ -359,7 +406,7 @@ def scenario_wo_a(config: VllmConfig) -> dict[str, Any]:
     """NVFP4_WO_A=1: everything else as before, and wo_a quantized from the checkpoint's own weight."""
     from cutedsl.quantize import quantize_weight
 
-    with reference(), patch.dict(os.environ, {"NVFP4_WO_A": "1"}):
+    with reference(NVFP4_WO_A="1"):
         model, facts = loaded(config, skip=".wo_a")
     tensors = canonical(read(config), config)
     facts["wo_a"] = []
@@ -369,6 +416,105 @@ def scenario_wo_a(config: VllmConfig) -> dict[str, Any]:
         same = torch.equal(got.weight, want.weight) and torch.equal(raw(got.weight_scale), raw(want.weight_scale))
         facts["wo_a"].append(same and layer.attn.nvfp4_wo_a_runner.matrix.weight.data_ptr() == got.weight.data_ptr())
     return facts
+
+
+def scenario_chains(config: VllmConfig) -> dict[str, Any]:
+    """The kernels of a B200 and of an H200, found by device, constructed and never launched; both take the weights over."""
+    facts = {}
+    for backend, capability in (("sm100", DeviceCapability(10, 0)), ("sm90", DeviceCapability(9, 0))):
+        get_device_capability = classmethod(lambda cls, device_id=0, found=capability: found)
+        with (
+            patch.object(type(current_platform), "get_device_capability", get_device_capability),
+            provider("auto", NVFP4_WO_A="1"),
+        ):
+            facts[backend] = chains(config)
+    return facts
+
+
+def chains(config: VllmConfig) -> dict[str, Any]:
+    """What is prepared in place, whose buffers are whose, and the warm-up's calls."""
+    model = create(config)
+    feed(config, model, read(config))
+    before = {name: raw(param).clone() for name, param in model.named_parameters()}
+    process(config, model)
+    layers = model.model.layers
+    held = [vars(m).get(n) for m in model.modules() for n in ("nvfp4_runner", "nvfp4_wo_a_runner")]
+    return {
+        "runners": Counter(f"{runner.backend} {runner.activations}" for runner in held if runner is not None),
+        "shared_expert": [prepared_once(layer.ffn.shared_experts, i, before) for i, layer in enumerate(layers)],
+        "workspaces": [workspaces(layer.attn) for layer in layers],
+        "warm_up": warm_up(config, model),
+    }
+
+
+def prepared_once(mlp: Any, index: int, before: dict[str, torch.Tensor]) -> bool:
+    """The shared expert's matrices are those of the checkpoint, prepared by cutedsl once."""
+    from cutedsl.runners.shared_expert import SharedExpertRunner
+
+    prefix = f"model.layers.{index}.ffn.shared_experts"
+
+    def copy(module: Any, name: str, leaf: str) -> torch.Tensor:
+        like = getattr(module, leaf).data
+        return before[f"{prefix}.{name}.{leaf}"].clone().view(like.dtype).view(like.shape)
+
+    leaves = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    up = [copy(mlp.gate_up_proj, "gate_up_proj", leaf) for leaf in leaves]
+    down = [copy(mlp.down_proj, "down_proj", leaf) for leaf in leaves]
+    used = mlp.nvfp4_runner
+    alike = {"swiglu_limit": 10.0, "backend": used.backend, "activations": used.activations}
+    want, got = SharedExpertRunner("again", *up, *down, **alike).chain, used.chain
+    same = []
+    for operand in ("gate_up", "down"):
+        a, b = getattr(want, operand), getattr(got, operand)
+        same += [torch.equal(raw(a.weight), raw(b.weight)), torch.equal(raw(a.weight_scale), raw(b.weight_scale))]
+    return all(same)
+
+
+def workspaces(attn: Any) -> dict[str, int]:
+    """Which linears of one attention layer share buffers, as numbers."""
+    linears = {"wqa_wkv": attn.fused_wqa_wkv, "wq_b": attn.wq_b, "wo_b": attn.wo_b}
+    if attn.compressor is not None:
+        linears["compressor"] = attn.compressor.fused_wkv_wgate
+    if attn.indexer is not None:
+        linears |= {"weights_proj": attn.indexer.weights_proj, "indexer wq_b": attn.indexer.wq_b}
+        linears["indexer compressor"] = attn.indexer.compressor.fused_wkv_wgate
+    found = {name: linear.nvfp4_runner.chain.workspace for name, linear in linears.items()}
+    order = list(dict.fromkeys(map(id, found.values())))
+    return {name: order.index(id(workspace)) for name, workspace in found.items()}
+
+
+def warm_up(config: VllmConfig, model: Any) -> dict[str, Any]:
+    """The calls of a warm-up, each held to its op's contract; nothing is computed."""
+    from vllm_nvfp4 import warmup
+    from vllm_nvfp4.status import Status
+
+    from cutedsl import compile as compiler
+    from cutedsl import ops
+    from cutedsl.runners import linear, moe, shared_expert, wo_a
+
+    calls: dict[str, list[list[int]]] = {}
+
+    def spy(op: Any) -> Callable[..., torch.Tensor]:
+        def call(runner: Any, *inputs: torch.Tensor) -> torch.Tensor:
+            assert torch.is_inference_mode_enabled()
+            assert not compiler.frozen()
+            made = [len(inputs[0]), inputs[0].is_contiguous()]
+            calls.setdefault(f"{type(runner).__name__} {runner.name}", []).append(made)
+            return op._fake(*inputs, runner.runner_id)
+
+        return call
+
+    kinds = (
+        (linear.LinearRunner, ops.linear), (moe.MoeRunner, ops.moe),
+        (shared_expert.SharedExpertRunner, ops.shared_expert), (wo_a.WoARunner, ops.wo_a),
+    )  # fmt: skip
+    with ExitStack() as stack:
+        for runner, op in kinds:
+            stack.enter_context(patch.object(runner, "__call__", spy(op)))
+        warmup.run(model, warmup.Limits(tokens=40, gathered=80, top_k=6), Status())
+    frozen = compiler.frozen()
+    compiler.freeze(False)
+    return {"calls": calls, "frozen": frozen}
 
 
 def scenario_ep(config: VllmConfig) -> dict[str, Any]:
@@ -395,9 +541,10 @@ def scenario_ep(config: VllmConfig) -> dict[str, Any]:
     return facts | {"bad_runners": bad_runners(model), "missing": missing}
 
 
+@provider("stock")
 def scenario_stock(config: VllmConfig) -> dict[str, Any]:
-    """Without a cutedsl backend: vLLM's emulation serves, as a recorded fallback, where it gives the right answer."""
-    from vllm_nvfp4 import platform, selection
+    """Asked for vLLM's own kernels: vLLM's emulation serves, as a recorded fallback, where it gives the right answer."""
+    from vllm_nvfp4 import platform, selection, served
 
     selection.clear()
     facts: dict[str, Any] = {"backend": platform.backend(), "reason": platform.unavailable_reason()}
@@ -410,6 +557,7 @@ def scenario_stock(config: VllmConfig) -> dict[str, Any]:
     facts["num_fallbacks"] = selection.num_fallbacks()
     process(config, model)
     facts |= counts(model)
+    facts["all_served"] = failure(lambda: served.check(model, config.quant_config))
 
     def changed(name: str) -> str:
         model = create(config)
@@ -475,7 +623,16 @@ def scenario_broken(config: VllmConfig) -> dict[str, Any]:
     return facts
 
 
-RUNS = (scenario_main, scenario_mtp, scenario_wo_a, scenario_ep, scenario_stock, scenario_broken)
+RUNS = (
+    scenario_main,
+    scenario_mtp,
+    scenario_wo_a,
+    scenario_bf16,
+    scenario_chains,
+    scenario_ep,
+    scenario_stock,
+    scenario_broken,
+)
 SCENARIOS = {run.__name__.removeprefix("scenario_"): run for run in RUNS}
 
 

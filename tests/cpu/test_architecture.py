@@ -167,3 +167,19 @@ def test_experts_are_cut_by_number_or_by_width_not_by_both() -> None:
     architecture.check_parallel(narrow, 16, expert_parallel=True)
     with pytest.raises(ValueError, match="moe_intermediate_size is 64, not a multiple of 256"):
         architecture.check_parallel(narrow, 16, expert_parallel=False)
+
+
+def test_data_parallel_ranks_share_the_experts() -> None:
+    architecture.check_parallel(model(PRO), 1, expert_parallel=True, data_parallel_size=8)
+    architecture.check_parallel(model(n_routed_experts=36), 2, expert_parallel=True, data_parallel_size=2)
+    message = (
+        "--tensor-parallel-size 2 with --data-parallel-size 4 does not divide this model: n_routed_experts is 36, not a"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        architecture.check_parallel(model(n_routed_experts=36), 2, expert_parallel=True, data_parallel_size=4)
+    narrow = model(moe_intermediate_size=64)
+    architecture.check_parallel(narrow, 1, expert_parallel=False, data_parallel_size=4)
+    with pytest.raises(
+        ValueError, match=re.escape("moe_intermediate_size is 64, not a multiple of 128 (each rank needs")
+    ):
+        architecture.check_parallel(narrow, 1, expert_parallel=False, data_parallel_size=8)

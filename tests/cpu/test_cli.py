@@ -180,3 +180,34 @@ def test_an_untested_vllm_is_refused_before_anything_starts(
     with pytest.raises(SystemExit, match=r"nvfp4: vllm 0\.99\.0 is installed, but .* Install vllm==0\.32\.0"):
         cli.main()
     assert started == []
+
+
+@pytest.mark.parametrize(
+    ("given", "rest", "value"),
+    [
+        ([MODEL, "--nvfp4-activations", "bf16", "--port", "8001"], [MODEL, "--port", "8001"], "bf16"),
+        ([MODEL, "--nvfp4_activations=nvfp4"], [MODEL], "nvfp4"),
+        ([MODEL, "--nvfp4-activations=nvfp4", "--nvfp4-activations", "auto"], [MODEL], "auto"),
+        ([MODEL, "--port", "8001"], [MODEL, "--port", "8001"], None),
+    ],
+)
+def test_the_flag_of_activations_becomes_a_switch(given: list[str], rest: list[str], value: str | None) -> None:
+    assert cli.take_activations(given) == (rest, {} if value is None else {"NVFP4_ACTIVATIONS": value})
+
+
+@pytest.mark.parametrize(
+    "given", [["--nvfp4-activations"], ["--nvfp4-activations=fp8"], ["--nvfp4-activations", "--port"]]
+)
+def test_activations_that_do_not_exist(given: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"--nvfp4-activations .*: expected one of auto, nvfp4, bf16"):
+        cli.take_activations([MODEL, *given])
+
+
+def test_the_flag_wins_over_the_variable(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nvfp4", "serve", MODEL, "--nvfp4-activations", "bf16"])
+    monkeypatch.setenv("NVFP4_ACTIVATIONS", "nvfp4")
+    with pytest.raises(Started):
+        cli.main()
+    ((_, command, environment),) = started
+    assert environment["NVFP4_ACTIVATIONS"] == "bf16"
+    assert "--nvfp4-activations" not in command

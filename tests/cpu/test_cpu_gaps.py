@@ -1,9 +1,14 @@
 """The functions that replace parts of vLLM's CPU path: equal to vLLM's own where it works, right where it does not."""
 
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import vllm._custom_ops  # noqa: F401  (defines the shapes of the compiled operators)
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBuilder
 from vllm.platforms import current_platform
@@ -207,3 +212,73 @@ def test_the_tile_scheduler_has_every_layer_type() -> None:
     upstream = once.__wrapped__(None, 4)
     assert set(upstream) < every, "upstream returns all keys now: remove the replacement"
     assert {key: found[key] for key in upstream} == upstream
+
+
+# --- Tokens between data-parallel ranks.
+
+ROWS = [torch.arange(6.0).view(3, 2), torch.arange(10.0, 12.0).view(1, 2)]  # of each rank
+
+
+class Gloo:
+    """torch.distributed as one rank of two sees it, when every rank calls with the same kind of tensor."""
+
+    def __init__(self, rank: int, of_rank: Callable[[int], torch.Tensor]) -> None:
+        self.rank, self.of_rank = rank, of_rank
+
+    def all_gather(self, parts: list[torch.Tensor], own: torch.Tensor, group: str) -> None:
+        assert group == "the group"
+        for rank, part in enumerate(parts):
+            theirs = self.of_rank(rank)
+            assert part.shape == own.shape, "gloo gathers equal shapes"
+            assert len(theirs) <= len(part)
+            if rank == self.rank:
+                assert torch.equal(own[: len(theirs)], theirs)
+            part.fill_(float("nan"))
+            part[: len(theirs)] = theirs
+
+    def all_reduce(self, total: torch.Tensor, group: str) -> None:
+        assert group == "the group"
+        total += self.of_rank(1 - self.rank)
+
+
+def communicator(rank: int) -> SimpleNamespace:
+    return SimpleNamespace(world_size=2, rank_in_group=rank, device_group="the group")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_gets_all_rows(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gloo = Gloo(rank, lambda other: ROWS[other])
+    monkeypatch.setattr(torch.distributed, "all_gather", gloo.all_gather)
+    (got,) = cpu_gaps.all_gatherv(communicator(rank), [ROWS[rank]], 0, [3, 1])
+    assert torch.equal(got, torch.cat(ROWS))
+    alike = Gloo(rank, lambda other: ROWS[0] + other)
+    monkeypatch.setattr(torch.distributed, "all_gather", alike.all_gather)
+    assert torch.equal(cpu_gaps.all_gatherv(communicator(rank), ROWS[0] + rank), torch.cat([ROWS[0], ROWS[0] + 1]))
+
+
+@pytest.mark.parametrize(
+    ("rank", "sizes", "own"), [(0, [3, 1], slice(0, 3)), (1, [3, 1], slice(3, 4)), (1, None, slice(2, 4))]
+)
+def test_every_rank_gets_its_rows_of_the_sum(
+    rank: int, sizes: list[int] | None, own: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = torch.cat(ROWS)
+    gloo = Gloo(rank, lambda other: partial * 10)
+    monkeypatch.setattr(torch.distributed, "all_reduce", gloo.all_reduce)
+    kept = partial.clone()
+    assert torch.equal(cpu_gaps.reduce_scatterv(communicator(rank), partial, 0, sizes), (partial * 11)[own])
+    assert torch.equal(partial, kept), "the caller's tensor must stay as it is"
+
+
+def test_columns_are_not_exchanged() -> None:
+    for exchange in (cpu_gaps.all_gatherv, cpu_gaps.reduce_scatterv):
+        with pytest.raises(NotImplementedError, match="dim is 1; experts exchange rows"):
+            exchange(communicator(0), ROWS[0], 1)
+
+
+def test_vllms_cpu_communicator_still_lacks_the_exchange() -> None:
+    cpu_gaps.close_all()
+    assert CpuCommunicator.all_gatherv is cpu_gaps.all_gatherv
+    assert CpuCommunicator.reduce_scatterv is cpu_gaps.reduce_scatterv
+    source = inspect.getsource(inspect.getmodule(CpuCommunicator))
+    assert "gatherv" not in source, "upstream has it now: remove the replacement"

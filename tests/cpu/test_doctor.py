@@ -24,12 +24,13 @@ from rich.console import Console
 from vllm_nvfp4.checkpoint import DTYPES, Tensor, read_folder
 from vllm_nvfp4.doctor import metadata, ranges, report, scale_checks
 from vllm_nvfp4.doctor.examine import Options, Report, examine
-from vllm_nvfp4.doctor.findings import CODES, INFO, Finding, grouped, make, printable
+from vllm_nvfp4.doctor.findings import CODES, ERROR, INFO, Finding, grouped, make, printable
 from vllm_nvfp4.doctor.plan import PlanOptions
 
 from cutedsl.quantize import quantize_weight
 
 ON_B200 = Options(plan=PlanOptions(gpu="b200"), asked=True)
+ON_H200 = Options(plan=PlanOptions(gpu="h200"), asked=True)
 SMALL = {"hidden": 128, "experts": 4, "topk": 2}
 
 
@@ -68,8 +69,7 @@ def test_a_real_export(affine: Path) -> None:
 
 def test_the_coverage_of_a_real_export(affine: Path) -> None:
     rows = {(row.cls, row.format): row for row in examine(str(affine), Options()).coverage.rows}
-    stock, reference = "vLLM stock (fallback)", "cutedsl reference"
-    assert rows["routed experts", "NVFP4"].kernels == (reference, stock, stock)
+    assert rows["routed experts", "NVFP4"].kernels == ("cutedsl reference", "cutedsl sm90", "cutedsl sm100")
     assert rows["o_a", "FP32"].kernels == ("vLLM",) * 3
     counts = {key: (row.modules, row.tensors) for key, row in rows.items()}
     assert counts == {
@@ -86,7 +86,7 @@ def test_the_coverage_of_a_real_export(affine: Path) -> None:
 def test_mtp_layers_are_a_class_of_their_own(tmp_path: Path) -> None:
     make_tiny_checkpoint(tmp_path / "x", TinySpec(**SMALL, layout="L3", mtp=1))
     rows = {row.format: row for row in examine(str(tmp_path / "x"), Options()).coverage.rows if row.cls == "mtp"}
-    assert rows["NVFP4"].kernels == ("not used", "vLLM stock (fallback)", "vLLM stock (fallback)")
+    assert rows["NVFP4"].kernels == ("not used", "cutedsl sm90", "cutedsl sm100")
     assert rows["FP8 block"].modules == 10
 
 
@@ -110,7 +110,7 @@ def test_known_tensors_without_a_use(tiny: Path) -> None:
     assert (unused.tensor, unused.count, unused.severity) == ("model.layers.*.attn.wkv.k_scale", 2, INFO)
 
 
-def test_wo_a_in_nvfp4_serves_on_a_cpu_only(tiny: Path) -> None:
+def test_wo_a_in_nvfp4_serves_everywhere(tiny: Path) -> None:
     copy = Copy(tiny)
     stem = "model.layers.2.attn.wo_a."
     packed = quantize_weight(copy.read(f"{stem}weight"))
@@ -122,21 +122,39 @@ def test_wo_a_in_nvfp4_serves_on_a_cpu_only(tiny: Path) -> None:
     name = copy.names[f"{stem}weight"]
     copy.put({name.removesuffix("weight") + leaf: value for leaf, value in changed.items()}, name)
     Copy(tiny).put({name.removesuffix("weight") + "input_scale": torch.tensor(0.01)}, name)
-    assert only(examine(str(tiny), Options()), "NO_KERNEL").severity is INFO
-    on_gpu = examine(str(tiny), ON_B200)
-    assert only(on_gpu, "NO_KERNEL").tensor == "model.layers.2.attn.wo_a"
-    assert "sm90, sm100" in only(on_gpu, "NO_KERNEL").value
-    assert on_gpu.exit_code == 1
+    for options in (Options(), ON_B200, ON_H200):
+        assert "NO_KERNEL" not in [finding.code for finding in examine(str(tiny), options).findings]
 
 
-def test_shards_that_differ_are_exact_on_a_cpu_and_refused_by_stock_kernels(tiny: Path) -> None:
+def test_a_gpu_that_kernels_are_not_compiled_for(tiny: Path) -> None:
+    # 10.3: another machine code than a B200's 10.0.
+    for gpu in ("b300", "gb300"):
+        report = examine(str(tiny), Options(plan=PlanOptions(gpu=gpu), asked=True))
+        missing = [finding for finding in report.findings if finding.code == "NO_KERNEL"]
+        assert missing
+        assert {(finding.severity, finding.value) for finding in missing} == {(ERROR, "NVFP4: no kernel on sm103")}
+        assert report.exit_code == 1
+
+
+def test_shards_that_differ_are_exact(tiny: Path) -> None:
     copy = Copy(tiny)
     copy.edit("model.layers.1.attn.wkv.input_scale", lambda t: t * 2)
     copy.edit("model.layers.2.attn.wkv.input_scale", lambda t: t * 3)
-    differ = only(examine(str(tiny), Options()), "SHARD_SCALES_DIFFER")
-    assert (differ.severity, differ.count) == (INFO, 2)
-    assert "a ratio of 3" in differ.value  # the largest is shown
-    assert examine(str(tiny), ON_B200).exit_code == 1
+    copy.edit("model.layers.1.ffn.experts.1.w3.weight_scale_2", lambda t: t * 1.5)
+    for options in (Options(), ON_H200, ON_B200):
+        differ = [f for f in examine(str(tiny), options).findings if f.code == "SHARD_SCALES_DIFFER"]
+        assert [(finding.severity, finding.count) for finding in differ] == [(INFO, 2), (INFO, 1)]
+        assert "a ratio of 3" in differ[0].value  # the largest is shown
+
+
+@pytest.mark.parametrize("module", ["experts.1.w3", "shared_experts.w3"])
+def test_gate_and_up_that_sm100_would_quantize_once(tiny: Path, module: str) -> None:
+    Copy(tiny).edit(f"model.layers.1.ffn.{module}.input_scale", lambda t: t * 2)
+    found_on = {"cpu": Options(), "h200": ON_H200, "b200": ON_B200}
+    reports = {name: examine(str(tiny), options) for name, options in found_on.items()}
+    severities = {name: only(report, "SHARD_SCALES_DIFFER").severity for name, report in reports.items()}
+    assert severities == {"cpu": INFO, "h200": INFO, "b200": ERROR}
+    assert reports["b200"].exit_code == 1
 
 
 def test_the_factor_of_an_inverted_scale_is_reported(tiny: Path) -> None:

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "NOT_FOUND": test_doctor.test_nothing_there,
     "HUB_SCALES_NOT_READ": test_doctor.test_a_model_on_the_hub,
     "TENSOR_UNUSED": test_doctor.test_known_tensors_without_a_use,
-    "NO_KERNEL": test_doctor.test_wo_a_in_nvfp4_serves_on_a_cpu_only,
+    "NO_KERNEL": test_doctor.test_a_gpu_that_kernels_are_not_compiled_for,
     "FP8_SCALE_BAD": test_doctor.test_fp8_scales,
     "IGNORE_OMITS": test_doctor.test_a_real_export,
     "IGNORE_UNMATCHED": test_doctor.test_a_real_export,

@@ -62,7 +62,7 @@ def test_json_by_its_schema(affine: Path, capsys: pytest.CaptureFixture[str], fl
     else:
         by_class = {row["class"]: row for row in value["coverage"]}
         assert by_class["routed experts"]["kernels"] == {
-            "cpu": "cutedsl reference", "sm90": "vLLM stock (fallback)", "sm100": "vLLM stock (fallback)",
+            "cpu": "cutedsl reference", "sm90": "cutedsl sm90", "sm100": "cutedsl sm100",
         }  # fmt: skip
         scales = {(s["class"], s["layer"], s["leaf"]): s for s in value["scales"]}
         assert scales["ffn.experts.w2", 3, "input_scale"]["amax_max"] == pytest.approx(77.14, rel=1e-3)

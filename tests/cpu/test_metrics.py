@@ -10,6 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from vllm_nvfp4 import metrics, selection
 from vllm_nvfp4.metrics import FOLDER_VARIABLE, ModuleCollector
+from vllm_nvfp4.status import FRONT as FRONT_RANK
+from vllm_nvfp4.status import read_all
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +79,24 @@ def test_without_a_front_process_nothing_is_written(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_kernel_caches_counts_are_there_once_it_was_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "kernel_counts", lambda: {"hits": 5, "misses": 2, "loaded": 2, "compilations": 0})
+    metrics.publish(1)
+    assert [line for line in scrape(folder) if "kernel" in line] == [
+        'nvfp4_kernel_cache_hits_total{rank="1"} 5.0',
+        'nvfp4_kernel_cache_misses_total{rank="1"} 2.0',
+        'nvfp4_kernel_cache_loaded_total{rank="1"} 2.0',
+        'nvfp4_kernel_cache_compilations_total{rank="1"} 0.0',
+    ]
+
+
+def test_the_kernel_caches_counts_are_the_librarys_own() -> None:
+    code = "from vllm_nvfp4 import metrics; assert metrics.kernel_counts() == {}; import cutedsl.compile as c; "
+    code += "c._count(misses=2, loaded=1); print(metrics.kernel_counts())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'hits': 0, 'misses': 2, 'loaded': 1, 'compilations': 0}"
+
+
 FRONT = """
 import json, os, sys
 from prometheus_client import REGISTRY, generate_latest
@@ -98,8 +118,21 @@ print(json.dumps([folder, lines]))
 """
 
 
-def test_the_front_process_shows_its_workers_counts_and_cleans_up() -> None:
+def test_a_folder_made_before_the_process_became_vllm_is_shown_and_removed_too() -> None:
+    """`nvfp4 serve` makes the folder for the side port; vLLM, in the same process, shows it."""
     environment = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
+    replaced = "import os, sys; from vllm_nvfp4 import metrics; metrics.make_folder(); "
+    replaced += f"os.execv(sys.executable, [sys.executable, '-c', {FRONT!r}])"
+    done = subprocess.run([sys.executable, "-c", replaced], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder, lines = json.loads(done.stdout)
+    assert len(lines) == 2
+    assert not Path(folder).exists()
+
+
+def test_the_front_process_shows_its_workers_counts_and_cleans_up(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE}
+    environment["NVFP4_STATUS_FILE"] = str(tmp_path / "beat")
     done = subprocess.run([sys.executable, "-c", FRONT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder, lines = json.loads(done.stdout)
@@ -108,3 +141,4 @@ def test_the_front_process_shows_its_workers_counts_and_cleans_up() -> None:
         'nvfp4_fallback_modules{rank="0"} 0.0',
     ]
     assert not Path(folder).exists()
+    assert [(state.phase, state.rank) for state in read_all(str(tmp_path / "beat"))] == [("config", FRONT_RANK)]

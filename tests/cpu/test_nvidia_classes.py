@@ -21,9 +21,11 @@ TIMEOUT_S = 300  # about 20 s on an idle core
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_BACKEND": "cpu", "OMP_NUM_THREADS": "1"}
 RATIOS = (0, 4, 128, 4)  # of affine-a and of the tiny checkpoints, which are one model
 
-# fused_wqa_wkv, wq_b, wo_b, gate_up_proj, down_proj; a compressor at 128; at 4 two of them, indexer.wq_b, weights_proj.
+# fused_wqa_wkv, wq_b, wo_b; gate_up_proj, down_proj, which share a runner of another kind; a compressor at 128; at 4
+# two of them, indexer.wq_b, weights_proj.
 NUM_LINEARS = sum(5 + {0: 0, 128: 1, 4: 4}[ratio] for ratio in RATIOS)
 NUM_DRAFT_LINEARS = 5 + 2  # e_proj and h_proj
+NUM_SHARED = 2
 # In L3 wo_a is FP8 too, compressors and weights_proj are not quantized.
 NUM_FP8, NUM_DRAFT_FP8 = sum(6 + (ratio == 4) for ratio in RATIOS), 6 + 2
 
@@ -62,6 +64,8 @@ def results(affine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "mtp-bare": bare,
         "mtp-l3": make(root / "l3", layout="L3", mtp=1),
         "wo_a": affine,
+        "bf16": affine,
+        "chains": affine,
         "ep": bare,
         "stock": affine,
         "broken": bare,
@@ -118,7 +122,7 @@ def test_every_nvfp4_module_of_the_main_model_is_ours(results: dict[str, Any], s
     assert facts["methods"]["UnquantizedEmbeddingMethod"] == 2
     assert len(facts["methods"]) == 4
     per_layer = dict.fromkeys(("MoeRunner", "SharedExpertRunner"), len(RATIOS))
-    assert facts["runners"] == {"LinearRunner": NUM_LINEARS, **per_layer}
+    assert facts["runners"] == {"LinearRunner": NUM_LINEARS - NUM_SHARED * len(RATIOS), **per_layer}
 
 
 def test_draft_takes_all_mtp_tensors_and_nothing_else(results: dict[str, Any]) -> None:
@@ -132,7 +136,8 @@ def test_draft_takes_all_mtp_tensors_and_nothing_else(results: dict[str, Any]) -
     assert draft["num_params"] == 58
     assert draft["methods"][OURS] == NUM_DRAFT_LINEARS
     assert draft["methods"]["ModelOptNvFp4RunnerMoEMethod"] == 1
-    assert draft["runners"] == {"LinearRunner": NUM_DRAFT_LINEARS, "MoeRunner": 1, "SharedExpertRunner": 1}
+    runners = {"LinearRunner": NUM_DRAFT_LINEARS - NUM_SHARED, "MoeRunner": 1, "SharedExpertRunner": 1}
+    assert draft["runners"] == runners
 
 
 def test_fp8_dense_layers_beside_nvfp4_experts(results: dict[str, Any]) -> None:
@@ -188,6 +193,83 @@ def test_wo_a_is_quantized_on_request(results: dict[str, Any]) -> None:
     assert facts["wo_a"] == [True] * len(RATIOS)
     assert facts["methods"]["ModelOptNvFp4WoAMethod"] == len(RATIOS)
     assert facts["runners"]["WoARunner"] == len(RATIOS)
+
+
+def test_every_runner_is_told_the_activations(results: dict[str, Any]) -> None:
+    facts = facts_of(results, "bf16")
+    assert (facts["unfilled"], facts["mismatched"], facts["unused"]) == ([], [], [])
+    per_layer = dict.fromkeys(("MoeRunner bf16", "SharedExpertRunner bf16", "WoARunner bf16"), len(RATIOS))
+    linears = {"LinearRunner bf16": NUM_LINEARS - NUM_SHARED * len(RATIOS)}
+    assert facts["activations"] == {**linears, **per_layer}
+
+
+BACKENDS = {"sm100": "nvfp4", "sm90": "bf16"}  # with their activations
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gpus_own_kernels_serve_every_module(results: dict[str, Any], backend: str) -> None:
+    # All linears but the shared experts' two, and three more operators, a layer each.
+    num_runners = NUM_LINEARS + (3 - NUM_SHARED) * len(RATIOS)
+    assert facts_of(results, "chains")[backend]["runners"] == {f"{backend} {BACKENDS[backend]}": num_runners}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shared_experts_weights_are_prepared_once(results: dict[str, Any], backend: str) -> None:
+    # Its two linears have kernels of ours too, which would permute the same bytes first.
+    assert facts_of(results, "chains")[backend]["shared_expert"] == [True] * len(RATIOS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linears_that_run_side_by_side_share_no_buffers(results: dict[str, Any], backend: str) -> None:
+    for ratio, found in zip(RATIOS, facts_of(results, "chains")[backend]["workspaces"], strict=True):
+        main = {found[name] for name in ("wqa_wkv", "wq_b", "wo_b")}
+        assert len(main) == 1  # one after the other: no need for more memory
+        at_once = {0: [], 128: ["compressor"], 4: ["compressor", "weights_proj", "indexer compressor"]}[ratio]
+        assert len(main | {found[name] for name in at_once}) == 1 + len(at_once)
+        if ratio == 4:
+            assert found["indexer wq_b"] not in main
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_warm_up_calls_each_shape_with_every_batch(results: dict[str, Any], backend: str) -> None:
+    found = facts_of(results, "chains")[backend]["warm_up"]
+    assert found["frozen"]
+    of_kind: dict[str, list[str]] = {}
+    for name, calls in found["calls"].items():
+        kind, layer = name.split(" ", 1)
+        *ordinary, strided = calls
+        assert strided == [2, False]
+        assert all(is_contiguous for _, is_contiguous in ordinary)
+        sizes = [size for size, _ in ordinary]
+        of_kind.setdefault(kind, []).append(layer)
+        largest = 80 if kind == "MoeRunner" else 40
+        assert sizes == sorted(set(sizes), reverse=True)
+        assert (sizes[0], sizes[-1]) == (largest, 1)
+    # wqa_wkv, wq_b, wo_b; the compressor at 4 and at 128; indexer.wq_b, weights_proj and the indexer's compressor.
+    once = dict.fromkeys(("MoeRunner", "SharedExpertRunner", "WoARunner"), 1)
+    assert {kind: len(layers) for kind, layers in of_kind.items()} == {"LinearRunner": 8, **once}
+
+
+def test_a_module_without_its_runner_ends_the_start(results: dict[str, Any]) -> None:
+    facts = facts_of(results, "main-affine")
+    assert facts["all_served"]
+    first, shared, experts = facts["unserved"]
+    assert "1 modules that the checkpoint has in NVFP4 have no runner" in first
+    assert "the first is model.layers.1.attn.wq_b, with ModelOptNvFp4ShardedLinearMethod" in first
+    assert "2 modules" in shared
+    assert "the first is model.layers.1.ffn.shared_experts.gate_up_proj" in shared
+    assert "the first is model.layers.1.ffn.experts, with ModelOptNvFp4RunnerMoEMethod" in experts
+
+
+@pytest.mark.parametrize("scenario", ["mtp-bare", "mtp-l3", "stock"])
+def test_drafts_fp8_and_recorded_fallbacks_count_as_served(results: dict[str, Any], scenario: str) -> None:
+    facts = main_facts(results, scenario)["all_served"]
+    assert facts in ("no error: None", ["no error: None"] * 2)
+
+
+def test_runner_ids_are_part_of_the_key_of_compiled_graphs(results: dict[str, Any]) -> None:
+    # Without ours, with it, again, with one more runner.
+    assert facts_of(results, "main-affine")["keys"] == [0, 1, 1, 3]
 
 
 def test_expert_parallel_rank_holds_its_own_experts(results: dict[str, Any]) -> None:

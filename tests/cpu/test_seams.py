@@ -106,9 +106,10 @@ def test_every_attribute_of_an_imported_name_is_listed() -> None:
 
 def test_every_method_called_through_super_is_listed() -> None:
     source = Source(seams.installed_root())
+    upstream = [path for path in FILES if "vllm." in path.read_text() or "Upstream" in path.read_text()]
     called = {
         (path, node.attr)
-        for path in FILES
+        for path in upstream
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "super()"
     }

@@ -20,12 +20,14 @@ class Lines(logging.Handler):
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+def lines() -> Iterator[list[tuple[str, str]]]:
     handler, logger = Lines(), logging.getLogger("vllm.nvfp4")
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     yield handler.lines
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
@@ -142,3 +144,16 @@ def test_the_table_of_variables() -> None:
         assert variable.name.startswith("NVFP4_")
         assert variable.doc
         assert env.text(variable) == variable.default
+
+
+def test_one_of_several_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = ("auto", "nvfp4", "bf16")
+    assert env.choice(env.ACTIVATIONS, allowed) == "auto"
+    monkeypatch.setenv("NVFP4_ACTIVATIONS", " bf16 ")
+    assert env.choice(env.ACTIVATIONS, allowed) == "bf16"
+    for value in ("BF16", "", "fp4", "bf16,nvfp4"):
+        monkeypatch.setenv("NVFP4_ACTIVATIONS", value)
+        with pytest.raises(
+            ValueError, match=re.escape(f"NVFP4_ACTIVATIONS={value!r}: expected one of auto, nvfp4, bf16")
+        ):
+            env.choice(env.ACTIVATIONS, allowed)

@@ -5,7 +5,7 @@ a kernel arrives.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +18,18 @@ from vllm_nvfp4.doctor.source import Source
 from vllm_nvfp4.inventory import Format, Kind, Survey, survey
 
 ARCHS = ("cpu", "sm90", "sm100")
-REFERENCE, STOCK, VLLM = "cutedsl reference", "vLLM stock (fallback)", "vLLM"
+VLLM = "vLLM"
+OURS = ("cutedsl reference", "cutedsl sm90", "cutedsl sm100")
 FP8 = "vLLM FP8 block"
 # (what it is, format) -> the kernel on each of ARCHS; None: nothing there can compute it.
 KERNELS: dict[tuple[str, Format], tuple[str | None, str | None, str | None]] = {
-    ("experts", Format.NVFP4): (REFERENCE, STOCK, STOCK),
+    ("experts", Format.NVFP4): OURS,
     ("experts", Format.FP8_BLOCK): (None, None, None),
     ("experts", Format.HIGH): ("vLLM unquantized (fallback)",) * 3,
-    ("linear", Format.NVFP4): (REFERENCE, STOCK, STOCK),
+    ("linear", Format.NVFP4): OURS,
     ("linear", Format.FP8_BLOCK): (FP8, FP8, FP8),
     ("linear", Format.HIGH): (VLLM, VLLM, VLLM),
-    ("wo_a", Format.NVFP4): (REFERENCE, None, None),
+    ("wo_a", Format.NVFP4): OURS,
     ("wo_a", Format.FP8_BLOCK): (FP8, FP8, FP8),
     ("wo_a", Format.HIGH): (VLLM, VLLM, VLLM),
 }
@@ -107,7 +108,8 @@ def examine(source: Source, config: Any, arch: str | None = None) -> Coverage:
 
     Args:
         config: vLLM's fields, or None: then only names and layout can be told.
-        arch: the one of ARCHS that the user means to serve on, whose missing kernels are errors; None: not said.
+        arch: what the user means to serve on, whose missing kernels are errors; one of ARCHS, or another for which there
+            are no kernels; None: not said.
     """
     found = Coverage()
     try:
@@ -240,13 +242,10 @@ def _kernel_findings(found: Coverage, arch: str | None) -> list[Finding]:
     for module, form in found.formats.items():
         kernels = dict(zip(ARCHS, KERNELS[role_of(module), form], strict=True))
         absent = [name for name in ARCHS if kernels[name] is None]
+        if form is Format.NVFP4 and arch is not None and arch not in ARCHS:
+            absent.append(arch)
         if absent:
             fatal = len(absent) == len(ARCHS) or arch in absent
             value = f"{form}: no kernel on {', '.join(absent)}"
             hits.setdefault((value, ERROR if fatal else None), []).append((module, value))
     return [f for (_, severity), pairs in hits.items() for f in grouped("NO_KERNEL", pairs, severity)]
-
-
-def stock_serves(module: str, form: Format, archs: Iterable[str]) -> list[str]:
-    """The archs on which a stock vLLM kernel computes this module."""
-    return [arch for arch in archs if KERNELS[role_of(module), form][ARCHS.index(arch)] == STOCK]

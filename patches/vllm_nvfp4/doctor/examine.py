@@ -22,8 +22,10 @@ SHOWN = (
     "num_nextn_predict_layers", "compress_ratios",
 )  # fmt: skip
 VERDICTS = {0: "will serve", 1: "will not serve", 2: "will serve, with warnings"}
-# Compute capability of what --gpu can name.
-ARCH_OF_GPU = {"h": "sm90", "b": "sm100", "g": "sm100"}
+# Kernels' name for the compute capability of what --gpu can name; sm_100a's machine code does not run on a 10.3.
+ARCH_OF_GPU = {
+    "h100": "sm90", "h200": "sm90", "b200": "sm100", "gb200": "sm100", "b300": "sm103", "gb300": "sm103",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Options:
     @property
     def arch(self) -> str | None:
         """The kernels' name for the GPU that the user chose."""
-        return ARCH_OF_GPU[self.plan.gpu[0]] if self.asked and self.plan.gpu in GPUS else None
+        return ARCH_OF_GPU[self.plan.gpu] if self.asked and self.plan.gpu in GPUS else None
 
 
 @dataclass
@@ -120,9 +122,7 @@ def _examine_weights(opened: source.Source, options: Options, report: Report) ->
             report.findings += metadata.check_mtp(report.config, found.survey.num_mtp_layers)
     if opened.kind == "hub":
         return
-    report.scales = scale_checks.check(
-        opened.tensors, found.by_canonical, found.formats, deep=options.deep, arch=options.arch
-    )
+    report.scales = scale_checks.check(opened.tensors, found.by_canonical, deep=options.deep, arch=options.arch)
     report.findings += report.scales.findings
     if options.deep:
         num_experts = report.config.n_routed_experts if report.config else 1 << 30

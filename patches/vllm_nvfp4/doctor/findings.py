@@ -180,9 +180,9 @@ CODES: dict[str, Code] = {
     ),
     "SHARD_SCALES_DIFFER": Code(
         INFO,
-        "vLLM computes these as one matrix. Exact here (every shard keeps its scale); vLLM's stock kernels take one number "
-        "for all, which would be wrong by the ratio, so the load refuses where they would serve",
-        "nothing on a CPU; for GPUs export with equal scales in fused modules, as ModelOpt 0.47 does",
+        "vLLM computes these as one matrix. Exact here, as every shard keeps its scale, with one exception: where gate and "
+        "up have different input scales the sm100 kernels, and sm90 with NVFP4 activations, refuse the load",
+        "nothing, but for that exception: export with one input_scale for gate and up, as ModelOpt 0.47 does",
     ),
     "BLOCK_SCALE_NAN": Code(ERROR, _GARBAGE, "download or " + _EXPORT),
     "BLOCK_SCALE_NEGATIVE": Code(ERROR, _GARBAGE, "download or " + _EXPORT),

@@ -17,9 +17,8 @@ import torch
 
 from vllm_nvfp4 import names
 from vllm_nvfp4.checkpoint import Tensor
-from vllm_nvfp4.doctor import coverage, ranges
+from vllm_nvfp4.doctor import ranges
 from vllm_nvfp4.doctor.findings import ERROR, WARNING, Finding, Severity, grouped, make, pattern_of
-from vllm_nvfp4.inventory import Format
 from vllm_nvfp4.scales import bad_global_scale
 
 AMAX_OF_SCALE = 6.0 * 448.0
@@ -61,7 +60,6 @@ class ScaleReport:
 def check(
     tensors: Mapping[str, Tensor],
     by_canonical: Mapping[str, str],
-    formats: Mapping[str, Format],
     *,
     deep: bool,
     arch: str | None,
@@ -69,13 +67,13 @@ def check(
     """Read and check every scale of a checkpoint on a disk.
 
     Args:
-        by_canonical: canonical -> checkpoint name. formats: canonical module -> Format.
+        by_canonical: canonical -> checkpoint name.
         deep: read all block scales, however many. arch: as coverage.examine.
     """
     report = ScaleReport()
     _check_globals(tensors, by_canonical, report)
     report.findings += _compare(report.globals)
-    report.findings += _shards(report.globals, formats, arch)
+    report.findings += _shards(report.globals, arch)
     _check_blocks(tensors, by_canonical, report, deep)
     _check_fp8(tensors, by_canonical, report)
     return report
@@ -179,21 +177,16 @@ def _compare(scales: list[Global]) -> list[Finding]:
     return [f for (code, severity), pairs in hits.items() for f in grouped(code, pairs, severity)]
 
 
-def _shards(scales: list[Global], formats: Mapping[str, Format], arch: str | None) -> list[Finding]:
-    """Fused modules whose shards have different global scales: exact here, refused by stock kernels."""
+def _shards(scales: list[Global], arch: str | None) -> list[Finding]:
+    """Fused modules whose shards have different global scales: exact here, but for what sm100 quantizes once."""
     by_name = {scale.canonical: scale for scale in scales}
     hits: dict[Severity | None, list[tuple[float, str, str]]] = {}
     for scale in scales:
         other = by_name.get(_second_shard(scale.canonical) or "")
         if other is None or other.value == scale.value:
             continue
-        # vLLM's experts merge input scales by their maximum, which is sound; only weight scales must agree.
-        if scale.is_expert and scale.leaf == INPUT:
-            continue
-        module = scale.canonical.rpartition(".")[0]
-        expert = names.parse_expert(f"{module}.weight")
-        form = formats.get(f"{expert.layer}.ffn.experts" if expert else module, Format.NVFP4)
-        fatal = arch is not None and bool(coverage.stock_serves(module, form, [arch]))
+        is_swiglu = scale.is_expert or ".shared_experts." in scale.canonical
+        fatal = arch == "sm100" and is_swiglu and scale.leaf == INPUT
         ratio = max(scale.value, other.value) / min(scale.value, other.value)
         value = f"{scale.value:.6g} and {other.value:.6g} in {other.name}: a ratio of {ratio:.6g}"
         hits.setdefault(ERROR if fatal else None, []).append((ratio, scale.name, value))
