@@ -28,8 +28,9 @@ Even shares. With few tokens there are few tiles, and a last round of them would
 laid end to end, and every CTA gets as many steps of K of that row as any other, wherever that cuts a tile. Who has the
 first steps of a tile finishes it: it waits for the sums of those that have the others, which come through global memory,
 and adds them in their order: no atomics, the same result each time. It waits only for CTAs of lower index, which have been
-started before it, so that even a GPU with room for one CTA at a time gets through. A sum itself says that it is there, by
-not being +0, for which -0 is left: a flag would need a fence, and a fence waits for all loads under way.
+started before it, so that even a GPU with room for one CTA at a time gets through. Few sums say themselves that they are
+there, by not being +0, for which -0 is left: a flag needs a fence, and a fence waits for all loads under way. Many sums
+have a flag all the same, as they would have to be looked at one by one and set back to +0.
 
 Clusters. With many tokens the loads of X are what is too much for L2. Then (`cluster_w`) two CTAs take neighbouring weight
 tiles of the same tokens, and each loads half of the tokens for both.
@@ -47,7 +48,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import torch
-from cutlass import cute, memory, utils
+from cutlass import cute, memory, tensor_utils
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 from cutlass.utils import hopper_helpers
@@ -80,8 +81,8 @@ MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 144
 MIN_STEPS = 4
 # Where nobody has left a sum: the bits of +0. What is left for a sum that is +0: the bits of -0.
 NOTHING, LEFT_ZERO = 0, -(1 << 31)
-# Sums that a thread loads before it looks whether they are there.
-MAX_LOADS = 64
+# Sums that a thread loads at a time, and how many it has of a tile before it waits for a flag instead.
+MAX_LOADS, MIN_FLAGGED_SUMS = 64, 32
 
 TILES_W = (128, 256)
 # Warpgroups that decode and multiply, and their registers: with few tokens sums are few, and more warps hide latency.
@@ -106,6 +107,12 @@ DECODED_SCALE = 256.0
 _CODE_MASK = 0x81C081C0 - (1 << 32)
 _SIGN_MASK = 0x80008000 - (1 << 32)
 _MAGNITUDE_MASK = 0x01C001C0
+
+
+MAX_CONSUMERS = max(CONSUMER_REGISTERS)
+# Of an SM, int32 that are zeros between launches: flags, and sums of a tile that has none. With two warpgroups, a thread of
+# which has fewer than MIN_FLAGGED_SUMS, those are fewer than so many.
+_ZEROS_OF_SM = MAX_CONSUMERS + 2 * WARPGROUP * MIN_FLAGGED_SUMS
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,11 @@ class Config:
     def sums_of_thread(self) -> int:
         """FP32 sums that a consumer thread has of a tile."""
         return self.tile_w * self.tile_n // self.consumer_threads
+
+    @property
+    def flagged(self) -> bool:
+        """Sums that are left for others have a flag."""
+        return self.even and self.sums_of_thread >= MIN_FLAGGED_SUMS
 
     @property
     def stage_bytes(self) -> int:
@@ -370,6 +382,15 @@ class _Place(NamedTuple):
     alphas: Any
 
 
+class _Exchange(NamedTuple):
+    """Where CTAs with even shares leave sums for others; None without, flags None if not flagged."""
+
+    # (4 sums, thread, sums of a thread / 4, warpgroup, share)
+    mSums: Any
+    # (warpgroup, share); 1 while sums are there that nobody has read
+    mFlag: Any
+
+
 class _Out(NamedTuple):
     """Where results go and what they are multiplied with; None where the epilogue has no use for it."""
 
@@ -408,6 +429,7 @@ class GroupedGemmSm90:
         mD: cute.Tensor,
         mHScale: cute.Tensor | None,
         mSums: cute.Tensor | None,
+        mFlag: cute.Tensor | None,
         limit: cutlass.Float32,
         n: cutlass.Int32,
         group_rows: cutlass.Int32,
@@ -426,7 +448,8 @@ class GroupedGemmSm90:
             mPaddedOffset: (E + 1,) int32.
             mD: (rows, columns) bf16, rows maybe further apart than they are long.
             mHScale: (E,) fp32; swiglu_nvfp4 only.
-            mSums: (at least max_active_clusters, tile_w * tile_n) int32, NOTHING before and after; even only.
+            mSums: (at least max_active_clusters, tile_w * tile_n) int32; even only. NOTHING before and after if not flagged.
+            mFlag: (as many, num_consumers) int32, zeros before and after; flagged only.
             limit: of SwiGLU, infinity for none.
             n: weight rows of an expert, without padding.
             group_rows, group_columns: what each expert's rows and columns of D begin at.
@@ -454,7 +477,7 @@ class GroupedGemmSm90:
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
-        self.kernel(tiled_mma, tma_x, mX, weights, out, self._shared_sums(mSums)).launch(
+        self.kernel(tiled_mma, tma_x, mX, weights, out, self._exchange(mSums, mFlag)).launch(
             grid=(clusters * config.cluster_w, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
             cluster=(config.cluster_w, 1, 1),
@@ -463,7 +486,7 @@ class GroupedGemmSm90:
 
     @cute.kernel
     def kernel(
-        self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, mSums: Any
+        self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, exchange: _Exchange
     ) -> None:
         """Sets up barriers and the list of tiles, then every warp takes its role."""
         config = self.config
@@ -489,7 +512,7 @@ class GroupedGemmSm90:
                 self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
-            self._consume(tiled_mma, smem, tiles, out, mSums)
+            self._consume(tiled_mma, smem, tiles, out, exchange)
         # Others may still write to a CTA's shared memory, or read it.
         if cutlass.const_expr(config.cluster_w > 1):
             self._sync()
@@ -549,7 +572,7 @@ class GroupedGemmSm90:
                     phase = phase ^ 1
 
     @cute.jit
-    def _consume(self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out, mSums: Any) -> None:
+    def _consume(self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out, exchange: _Exchange) -> None:
         """Warpgroups: each decodes its blocks of rows, multiplies them with all tokens of the tile, and stores."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
@@ -598,11 +621,18 @@ class GroupedGemmSm90:
             sums = cute.make_tensor(acc.iterator, sums)
             if cutlass.const_expr(config.even):
                 if first_k > 0:
-                    self._leave(sums, mSums[None, thread, None, group, tiles.share])
+                    mine = exchange.mSums[None, thread, None, group, tiles.share]
+                    if cutlass.const_expr(config.flagged):
+                        self._leave_flagged(sums, mine, exchange.mFlag, tiles.share, group, thread)
+                    else:
+                        self._leave(sums, mine)
                 else:
                     if end_k < tiles.num_k:
                         last = self._share_of(tiles, (tile + 1) * tiles.num_k - 1)
-                        self._add(sums, mSums[None, thread, None, group, None], tiles.share + 1, last)
+                        theirs = exchange.mSums[None, thread, None, group, None]
+                        if cutlass.const_expr(config.flagged):
+                            self._wait(exchange.mFlag, tiles.share + 1, last, group, thread)
+                        self._add(sums, theirs, tiles.share + 1, last)
                     self._store(sums, smem, place, group, thread, out)
             else:
                 self._store(sums, smem, place, group, thread, out)
@@ -660,13 +690,40 @@ class GroupedGemmSm90:
                         for j in cutlass.range_constexpr(4):
                             rBits[j, quad, i] = found[j]
                 missing = cutlass.Boolean(False)
-                for i in cutlass.range_constexpr(cute.size(rBits)):
-                    missing = missing | (rBits[i] == NOTHING)
+                if cutlass.const_expr(not self.config.flagged):
+                    for i in cutlass.range_constexpr(cute.size(rBits)):
+                        missing = missing | (rBits[i] == NOTHING)
             for i in cutlass.range_constexpr(at_once):
                 if start + i <= last:
                     quads.store(quads.load() + rSums[None, None, i].load())
-                    for quad in cutlass.range_constexpr(num_quads):
-                        hopper.store_relaxed(mSums[None, quad, start + i].iterator, [cutlass.Int32(NOTHING)] * 4)
+                    if cutlass.const_expr(not self.config.flagged):
+                        for quad in cutlass.range_constexpr(num_quads):
+                            hopper.store_relaxed(mSums[None, quad, start + i].iterator, [cutlass.Int32(NOTHING)] * 4)
+
+    @cute.jit
+    def _leave_flagged(
+        self, sums: cute.Tensor, mSums: cute.Tensor, mFlag: cute.Tensor, share: Any, group: Any, thread: Any
+    ) -> None:
+        """Warpgroup: leaves its sums of the last steps of a tile to the CTA with its first, then a flag."""
+        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, self.config.sums_of_thread // 4)))
+        cute.autovec_copy(cute.recast_tensor(quads, cutlass.Int32), mSums)
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        # The release covers what the other threads have stored before the barrier.
+        if thread == 0:
+            flag = mFlag.iterator + mFlag.layout((group, share))
+            cute.arch.store(flag, cutlass.Int32(1), sem="release", scope="gpu")
+
+    @cute.jit
+    def _wait(self, mFlag: cute.Tensor, first: Any, last: Any, group: Any, thread: Any) -> None:
+        """Warpgroup: waits for the flags of shares first .. last, which are fewer than threads, as none is of few steps."""
+        if first + thread <= last:
+            flag = mFlag.iterator + mFlag.layout((group, first + thread))
+            there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
+            while there == 0:
+                there = cute.arch.load(flag, cutlass.Int32, sem="acquire", scope="gpu")
+            # Nobody else reads it in this launch, and the next one finds it as this one did.
+            cute.arch.store(flag, cutlass.Int32(0))
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
 
     @cute.jit
     def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
@@ -864,13 +921,16 @@ class GroupedGemmSm90:
             return cutlass.max(tiles.first_step - before, 0), cutlass.min(tiles.end_step - before, tiles.num_k)
         return cutlass.Int32(0), tiles.num_k
 
-    def _shared_sums(self, mSums: cute.Tensor | None) -> Any:
-        """Returns (4 sums, thread, sums of a thread / 4, warpgroup, share)."""
+    def _exchange(self, mSums: cute.Tensor | None, mFlag: cute.Tensor | None) -> _Exchange:
+        """Returns sums and flags as consumers index them."""
         config = self.config
-        if mSums is None:
-            return None
-        shape = (4, WARPGROUP, config.sums_of_thread // 4, config.num_consumers, mSums.shape[0])
-        return cute.make_tensor(mSums.iterator, cute.make_layout(shape))
+        sums = flags = None
+        if mSums is not None:
+            shape = (4, WARPGROUP, config.sums_of_thread // 4, config.num_consumers, mSums.shape[0])
+            sums = cute.make_tensor(mSums.iterator, cute.make_layout(shape))
+        if mFlag is not None:
+            flags = cute.make_tensor(mFlag.iterator, cute.make_layout((config.num_consumers, mFlag.shape[0])))
+        return _Exchange(sums, flags)
 
     def _blocks(self, prepared: cute.Tensor, block_bytes: int) -> cute.Tensor:
         """Returns (word, blocks along k, blocks along n, experts) of prepared weights or scales."""
@@ -896,7 +956,7 @@ class GroupedGemmSm90:
         """Returns (tile_n, TILE_K, stage) in the 128-byte swizzle."""
         config = self.config
         return hopper_helpers.make_smem_layout_b(
-            utils.LayoutEnum.ROW_MAJOR, (BLOCK_ROWS, config.tile_n, TILE_K), cutlass.BFloat16, config.num_stages
+            tensor_utils.LayoutEnum.ROW_MAJOR, (BLOCK_ROWS, config.tile_n, TILE_K), cutlass.BFloat16, config.num_stages
         )
 
     def _allocate_smem(self) -> _Smem:
@@ -954,8 +1014,8 @@ def grouped_gemm(
         limit: of SwiGLU, positive; None for no clamp, and for bf16.
         epilogue: one of EPILOGUES.
         tokens: of the largest group, a guess: it chooses the kernel; any gives the same result up to the order of sums.
-        sums: `sums_elements` int32, zeros - where CTAs leave sums for each other; zeros again afterwards. Launches that may
-            run at the same time need one each.
+        sums: `sums_elements` int32, zeros at first - where CTAs leave sums for each other, and nobody else writes.
+            Launches that may run at the same time need one each.
         n: weight rows without padding; None: as many as mW has.
         d_group_rows, d_group_columns: see mD.
         max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs.
@@ -971,7 +1031,7 @@ def grouped_gemm(
     Graph-safe: yes, after one call with the same configuration; the launch is on torch's current stream, nothing is
     allocated and nothing read back.
     """
-    rows = mW.shape[1] if n is None and mW.ndim == 3 else n
+    rows = mW.shape[1] if n is None else n
     check(
         mX, mW, mSFW, alpha, count, padded_offset, mD, h_scale, limit,
         epilogue=epilogue, tokens=tokens, sums=sums, n=rows, d_group_rows=d_group_rows,
@@ -982,21 +1042,36 @@ def grouped_gemm(
     config = choose_config(Shape(max(tokens, 1), rows, mX.shape[1], mW.shape[0]), epilogue)
     if max_active_clusters is None:
         max_active_clusters = hopper.num_sms(mX.device) // config.cluster_w
-    partial = None
+    partial = flags = None
     if config.even:
-        max_active_clusters = min(max_active_clusters, sums.numel() // (config.tile_w * config.tile_n))
-        partial = sums.view(-1)[: max_active_clusters * config.tile_w * config.tile_n]
-        partial = partial.view(max_active_clusters, config.tile_w * config.tile_n)
+        num_shares = min(max_active_clusters, hopper.num_sms(mX.device))
+        partial, flags = _exchange(config, sums, num_shares)
+        max_active_clusters = num_shares
     limit = math.inf if limit is None else limit
     compiled(config)(
-        mX, mW, mSFW, alpha, count, padded_offset, mD, h_scale, partial, limit, rows, d_group_rows, d_group_columns,
+        mX, mW, mSFW, alpha, count, padded_offset, mD, h_scale, partial, flags, limit, rows, d_group_rows, d_group_columns,
         max_active_clusters,
     )  # fmt: skip
 
 
 def sums_elements(device: torch.device) -> int:
-    """How many int32 `sums` of grouped_gemm has: for each SM the largest tile with even shares."""
-    return hopper.num_sms(device) * 128 * LARGE_TILE_N
+    """How many int32 `sums` of grouped_gemm has: sums without flags and flags, then sums with flags, for each SM."""
+    return hopper.num_sms(device) * (_ZEROS_OF_SM + 128 * LARGE_TILE_N)
+
+
+def zeros(sums: torch.Tensor) -> torch.Tensor:
+    """Returns the part of `sums` that is zeros before and after every launch; the rest is anything."""
+    return sums[: sums.numel() // (_ZEROS_OF_SM + 128 * LARGE_TILE_N) * _ZEROS_OF_SM]
+
+
+def _exchange(config: Config, sums: torch.Tensor, num_shares: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns mSums and mFlag of so many shares; nothing that one configuration leaves is where another wants zeros."""
+    elements, zero = config.tile_w * config.tile_n, zeros(sums)
+    num_flags = len(zero) // _ZEROS_OF_SM * MAX_CONSUMERS
+    if not config.flagged:
+        return zero[num_flags:][: num_shares * elements].view(num_shares, elements), None
+    flags = zero[: num_shares * config.num_consumers].view(num_shares, config.num_consumers)
+    return sums[len(zero) :][: num_shares * elements].view(num_shares, elements), flags
 
 
 def check(
@@ -1043,10 +1118,9 @@ def check(
     _check("count", count, torch.int32, (num_experts,), device, 4)
     _check("padded_offset", padded_offset, torch.int32, (num_experts + 1,), device, 4)
     _check("sums", sums, torch.int32, (None,), device)
-    if sums.numel() < 128 * LARGE_TILE_N:
+    if sums.numel() != sums_elements(device):
         raise ValueError(
-            f"grouped_gemm_sm90: sums has {sums.numel()} elements, expected {sums_elements(device)} (sums_elements), of one "
-            f"tile at least, {128 * LARGE_TILE_N}"
+            f"grouped_gemm_sm90: sums has {sums.numel()} elements, expected {sums_elements(device)} (sums_elements)"
         )
     columns = (num_experts - 1) * d_group_columns + (n if epilogue == BF16 else n // 2)
     registry.check_tensor("grouped_gemm_sm90", "mD", mD, (torch.bfloat16,), (None, columns), device)
@@ -1143,6 +1217,7 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
         ),
         matrix(cutlass.Float32, experts, align=4) if config.epilogue == SWIGLU_NVFP4 else None,
         matrix(cutlass.Int32, cute.sym_int(), config.tile_w * config.tile_n) if config.even else None,
+        matrix(cutlass.Int32, cute.sym_int(), config.num_consumers, align=4) if config.flagged else None,
         cutlass.Float32(1.0),
         cutlass.Int32(1),
         cutlass.Int32(0),

@@ -281,7 +281,7 @@ class _Kernels(abc.ABC):
             stages = f"{config.num_ab_stages} ab, {config.num_acc_stages} acc"
         elif hasattr(config, "num_stages"):
             stages = str(config.num_stages)
-        clusters = (getattr(config, field, None) for field in ("cta_group", "num_ctas", "split_k"))
+        clusters = (getattr(config, field, None) for field in ("cta_group", "num_ctas", "cluster_w"))
         return Operator(
             name=name,
             layers=layers,
