@@ -404,10 +404,10 @@ def _grouped_swap(module: Any, asked: Deployment) -> Iterator[Hashable]:
 
 
 def _grouped_hopper(module: Any, asked: Deployment) -> Iterator[Hashable]:
-    from cutedsl.runners.workspace import guess_tokens
+    from cutedsl.runners.workspace import large_group
 
     for n, k, num_groups, top_k, total, epilogue in sorted(_hopper_shapes(module, asked)):
-        for tokens in sorted({guess_tokens(batch, top_k, total) for batch in asked.batches()}):
+        for tokens in sorted({large_group(batch, top_k, total) for batch in asked.batches()}):
             yield module.choose_config(module.Shape(tokens, n, k, num_groups), epilogue, asked.arch)
 
 

@@ -38,7 +38,7 @@ from cutedsl.prepare_sm90 import Operand
 from cutedsl.reference.linear import PackedMatrix
 from cutedsl.runners import BF16 as BF16_ACTIVATIONS
 from cutedsl.runners import check_alignment, check_gpu, check_one_scale
-from cutedsl.runners.workspace import Groups, Workspace, equal_groups, guess_tokens, workspace
+from cutedsl.runners.workspace import Groups, Workspace, equal_groups, large_group, workspace
 
 # In messages.
 _BACKEND = "sm90"
@@ -214,7 +214,7 @@ class MoeChain:
         topk_weights, topk_ids = compact("weights", topk_weights), compact("ids", topk_ids)
         route = self._route(topk_ids)
         rows = len(route.tile_expert) * TILE_ROWS
-        tokens = guess_tokens(len(topk_ids), topk_ids.shape[1], self.num_global_experts)
+        tokens = large_group(len(topk_ids), topk_ids.shape[1], self.num_global_experts)
         groups = Groups(route.tile_expert, route.padded_offset, route.count, tokens)
         a = take("rows", torch.bfloat16, rows, self.hidden)
         h = take("h", torch.bfloat16, rows, self.intermediate)

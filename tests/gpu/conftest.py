@@ -35,15 +35,18 @@ def gpu() -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_runner_is_left() -> Iterator[None]:
-    """Weights of one test do not stay for the next."""
+def nothing_is_left() -> Iterator[None]:
+    """Weights of one test do not stay for the next, and no launch has left sums for the next."""
     from cutedsl.ops import registry
     from cutedsl.runners import workspace
 
     yield
-    registry.clear()
-    workspace.workspace.cache_clear()
-    torch.cuda.empty_cache()
+    try:
+        gpu_kit.assert_no_sums_left()
+    finally:
+        registry.clear()
+        workspace.workspace.cache_clear()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

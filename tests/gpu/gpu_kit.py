@@ -12,7 +12,7 @@ import torch
 
 from cutedsl.formats import NVFP4
 from cutedsl.quantize import quantize_weight
-from cutedsl.runners.workspace import Workspace
+from cutedsl.runners.workspace import Workspace, workspace
 
 # Compute capability -> backend of the runners.
 CAPABILITIES = {(9, 0): "sm90", (10, 0): "sm100"}
@@ -21,6 +21,8 @@ CANARY, GUARD_BYTES = 0x5C, 4096
 # What memory holds before anybody writes it: NaN in floats, rows far outside in integers. Padded block scales are read as
 # numbers: 448, the largest.
 STALE_FLOAT, STALE_SCALE, STALE_CODES, STALE_INTEGER = 0xFF, 0x7E, 0xA5, 0x7F
+# Where the CTAs of a GEMM leave sums for each other. By contract a part of it is zeros before and behind every launch.
+SUMS = "sums"
 
 
 def capability() -> tuple[int, int] | None:
@@ -52,26 +54,36 @@ def generator(seed: int) -> torch.Generator:
 
 
 class Arena:
-    """Tensors full of stale bytes between canaries."""
+    """Tensors full of stale bytes between canaries; of SUMS that part is zeros which must be."""
 
     def __init__(self) -> None:
         self._wholes: list[tuple[str, torch.Tensor]] = []
 
     def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """A tensor whose content nobody may rely on; guarded on both sides."""
+        """A tensor whose content nobody may rely on, but for the zeros of SUMS; guarded on both sides."""
         num_bytes = dtype.itemsize * math.prod(shape)
         whole = torch.full((num_bytes + 2 * GUARD_BYTES,), CANARY, dtype=torch.uint8, device=device())
         inner = whole[GUARD_BYTES : GUARD_BYTES + num_bytes]
         inner.fill_(_stale(dtype))
+        if name == SUMS:
+            _zeros(inner).zero_()
         self._wholes.append((name, whole))
         return inner.view(dtype).view(shape)
 
     def check(self) -> None:
-        """No canary was touched."""
+        """No canary was touched, and no sum was left behind."""
         assert self._wholes, "nothing was guarded"
         for name, whole in self._wholes:
             assert (whole[:GUARD_BYTES] == CANARY).all(), f"bytes before {name} were written"
             assert (whole[-GUARD_BYTES:] == CANARY).all(), f"bytes behind {name} were written"
+            assert name != SUMS or not _zeros(whole[GUARD_BYTES:-GUARD_BYTES]).any(), "a launch has left sums behind"
+
+
+def _zeros(sums: torch.Tensor) -> torch.Tensor:
+    """The part of SUMS, given as bytes, that no launch leaves anything in."""
+    from cutedsl.kernels import grouped_gemm_sm90
+
+    return grouped_gemm_sm90.zeros(sums.view(torch.int32))
 
 
 def _stale(dtype: torch.dtype) -> int:
@@ -97,6 +109,13 @@ def guarded(call: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
         y = call(*arguments)
     found.check()
     return y
+
+
+def assert_no_sums_left() -> None:
+    """What launches share outside of an Arena is as it was too: also behind graphs and replays."""
+    for kind in ("linear", "shared_expert", "moe", "wo_a"):
+        sums = workspace(kind, device())._buffers.get(SUMS)
+        assert sums is None or not _zeros(sums).any(), f"a launch of {kind} has left sums behind"
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def main() -> int:
         y = call()
         torch.cuda.synchronize()
         assert torch.isfinite(y).all(), f"{name}: NaN or infinity"
+        gpu_kit.assert_no_sums_left()
         print(f"ok {name}", flush=True)
         done += 1
     print(f"{done} calls on {torch.cuda.get_device_name()}, {compiler.counters()}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import gpu_kit
 import pytest
 import torch
-from gpu_kit import Arena, assert_rounded, assert_same
+from gpu_kit import SUMS, Arena, assert_rounded, assert_same
 
 from cutedsl import deployment
 from cutedsl.kernels import grouped_gemm_sm90
@@ -79,9 +79,13 @@ def make_problem(counts: tuple[int, ...], n: int, k: int, epilogue: str) -> Prob
 
 
 def run(problem: Problem, epilogue: str, limit: float | None, d: torch.Tensor, **more: int) -> None:
-    p = problem
+    """One launch; where CTAs leave sums lies between canaries, and is behind it as it was before."""
+    p, arena = problem, Arena()
+    sums = arena.tensor(SUMS, torch.int32, grouped_gemm_sm90.sums_elements(p.x.device))
     arguments = (p.x, *p.operand, p.count, p.padded_offset, d, p.h_scale if epilogue == SWIGLU_NVFP4 else None, limit)
-    grouped_gemm_sm90.grouped_gemm(*arguments, epilogue=epilogue, **({"tokens": int(p.count.max())} | more))
+    given = {"tokens": int(p.count.max()), "n": p.y.shape[1], "sums": sums} | more
+    grouped_gemm_sm90.grouped_gemm(*arguments, epilogue=epilogue, **given)
+    arena.check()
 
 
 def assert_right(d: torch.Tensor, problem: Problem, epilogue: str, limit: float | None) -> None:
@@ -164,13 +168,29 @@ def test_columns_of_a_wider_matrix() -> None:
     assert (others.view(torch.uint8) == gpu_kit.STALE_FLOAT).all(), "columns beside D were written"
 
 
-@pytest.mark.parametrize("max_active_clusters", [1, 3])
-def test_few_ctas_walk_all_tiles(max_active_clusters: int) -> None:
+@pytest.mark.parametrize("max_active_clusters", [1, 3, 7])
+@pytest.mark.parametrize("tokens", [8, 200])
+def test_few_ctas_walk_all_tiles(tokens: int, max_active_clusters: int) -> None:
+    # A guess of 8 tokens means even shares: they cut tiles at any step of K.
     problem, arena = make_problem((63, 0, 200, 64), 520, 320, BF16), Arena()
     d = arena.tensor("D", torch.bfloat16, len(problem.x), 520)
-    run(problem, BF16, None, d, max_active_clusters=max_active_clusters)
+    run(problem, BF16, None, d, tokens=tokens, max_active_clusters=max_active_clusters)
     arena.check()
     assert_right(d, problem, BF16, None)
+
+
+def test_launches_in_a_row_share_sums() -> None:
+    # 16 tiles of 56 steps in even shares: nearly all CTAs leave sums, in the same places each time.
+    problem, arena = make_problem((1,), 2048, 7168, BF16), Arena()
+    sums = arena.tensor(SUMS, torch.int32, grouped_gemm_sm90.sums_elements(problem.x.device))
+    rows = problem.expert >= 0
+    ds = [arena.tensor("D", torch.bfloat16, len(problem.x), 2048) for _ in range(50)]
+    arguments = problem.x, *problem.operand, problem.count, problem.padded_offset
+    for d in ds:
+        grouped_gemm_sm90.grouped_gemm(*arguments, d, epilogue=BF16, tokens=1, sums=sums)
+    arena.check()
+    for d in ds:
+        assert_same("D", d[rows], problem.y[rows].bfloat16())
 
 
 def test_no_tokens_at_all() -> None:
