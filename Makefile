@@ -3,10 +3,11 @@ SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PORT ?= 8000
+FLAVOR ?= gpu
 # What the tests' engines and the interpreter of Triton kernels need; see patches/vllm_nvfp4/compat.py.
 TEST_ENV := TRITON_INTERPRET=1 TRITON_DEFAULT_BACKEND=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help env serve test test-fast test-sim test-sim-full test-modelopt test-gpu lint lock clean
+.PHONY: help env serve test test-fast test-sim test-sim-full test-modelopt test-gpu image test-image lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -40,6 +41,12 @@ test-modelopt: env  ## against NVIDIA ModelOpt itself, in an environment of its 
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in its own environment with vLLM for CUDA and this package
 	@python3 -m pytest tests/gpu
+
+image:  ## the image, with docker, podman or buildah; FLAVOR=cpu: the one that needs no GPU
+	@scripts/image_build.sh $(FLAVOR)
+
+test-image: env  ## builds both flavors with buildah and runs one as a pod would; needs root, buildah, debootstrap
+	@$(TEST_ENV) $(PY) -m pytest tests/image
 
 lint: env  ## ruff (format and rules) and mypy
 	@$(VENV)/bin/ruff format --check .

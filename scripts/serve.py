@@ -5,6 +5,7 @@ The checkpoint is random, so its text is noise; everything around it is the real
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import socket
@@ -52,7 +53,9 @@ def curl_line(host: str, port: int, model: Path) -> str:
         "chat_template_kwargs": {"thinking": False},  # else 16 tokens are all thought, and the text is empty
     }
     url = f"http://{host}:{port}/v1/chat/completions"
-    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    # The shell fills the key in: it is not printed.
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
+    return f"curl -s {url} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], host: str, port: int) -> float:
@@ -80,17 +83,17 @@ def main() -> None:
     refuse_taken_port(args.host, args.port)
     if args.model == DEFAULT_CHECKPOINT and not (args.model / "config.json").exists():
         subprocess.run([sys.executable, ROOT / "scripts" / "make_tiny_checkpoint.py", args.model], check=True)
-    command = [
-        Path(sys.executable).parent / "nvfp4",
-        "serve",
-        args.model,
-        "--host",
-        args.host,
-        "--port",
-        str(args.port),
-    ]
+    command = [ROOT / "scripts" / "serve.sh", args.model]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "NVFP4_HOST": args.host,
+        "NVFP4_PORT": str(args.port),
+    }
     # A session of its own, so that Ctrl-C reaches it once, from us: a second signal would make it drop what it is doing.
-    server = subprocess.Popen([*map(str, command), *SERVE_FLAGS, *args.serve_flags], start_new_session=True)
+    server = subprocess.Popen(
+        [*map(str, command), *SERVE_FLAGS, *args.serve_flags], env=environment, start_new_session=True
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.terminate())
     seconds = wait_until_ready(server, args.host, args.port)

@@ -33,7 +33,9 @@ AOT_DIR = Variable(
     "NVFP4_AOT_DIR", "", "folder of kernels built ahead of time; unset: the packaged one, if there is one"
 )
 
-VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR)
+SIDE_PORT = Variable("NVFP4_SIDE_PORT", "", "port of the metrics that exist while the model loads; none by default")
+
+VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR, SIDE_PORT)
 
 
 def text(variable: Variable) -> str:

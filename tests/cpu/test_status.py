@@ -134,3 +134,74 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         Status(str(tmp_path / "absent" / "beat")).update("loading")
+
+
+def test_every_heartbeat_is_read_back(tmp_path: Path, clock: Clock) -> None:
+    path = str(tmp_path / "beat")
+    assert status.read_all(path) == []
+    Status(path, status.FRONT).update("imports")
+    clock.now += 5
+    Status(path).update("loading", 5, 100)
+    Status(path, 3).update("loaded", 1, 1, "model")
+    (tmp_path / "beat.rank1.77.tmp").write_text("{half")
+    status.mark(path, status.HEALTHY)
+    found = {state.rank: state for state in status.read_all(path)}
+    assert sorted(found) == [status.FRONT, 0, 3]
+    assert found[0] == status.State("loading", 5, 100, "bytes", 1005.0, 1005.0, os.getpid(), 0)
+    assert [found[rank].working for rank in (status.FRONT, 0, 3)] == [False, True, False]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"phase": "loading"}'])
+def test_a_file_that_is_no_heartbeat_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "beat").write_text(text)
+    with pytest.raises(ValueError, match="beat is not a heartbeat"):
+        status.read_all(str(tmp_path / "beat"))
+
+
+def test_events_are_remembered_with_their_time(tmp_path: Path, clock: Clock) -> None:
+    path = str(tmp_path / "beat")
+    assert status.marked_at(path, status.ANSWERED) is None
+    status.mark(path, status.ANSWERED)
+    clock.now += 7
+    assert status.marked_at(path, status.ANSWERED) == 1000.0
+    assert status.marked_at(path, status.HEALTHY) is None
+    status.mark(path, status.ANSWERED)
+    assert status.marked_at(path, status.ANSWERED) == 1007.0
+
+
+def test_a_new_server_forgets_the_one_before_and_nothing_else(tmp_path: Path) -> None:
+    path = str(tmp_path / "new" / "beat")
+    status.reset(path)
+    for rank in (status.FRONT, 0, 1, 12):
+        Status(path, rank).update("loading")
+    for event in (status.HEALTHY, status.ANSWERED):
+        status.mark(path, event)
+    others = ["beat.md", "beat2", "beats", "beat.rank", "beat.front.old"]
+    for name in others:
+        (tmp_path / "new" / name).touch()
+    (tmp_path / "new" / "beat.rank1.99.tmp").touch()
+    status.reset(path)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(others)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, 2), (1, 0), (status.FRONT, 0)])
+def test_a_new_phase_is_one_line_of_rank_0_and_needs_no_file(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, rank: int, expected: int
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(status.logger, "info", lambda text, *values: lines.append(text % values))
+    heartbeat = Status("", rank)
+    heartbeat.update("constructing")
+    clock.now += 10
+    heartbeat.update("loading", 0, 100)
+    clock.now += 3
+    heartbeat.update("loading", 50, 100)
+    clock.now += 3
+    heartbeat.update("loaded")
+    assert (
+        lines
+        == [
+            "NVFP4 start: loading after 10.0 s of constructing",
+            "NVFP4 start: loaded after 6.0 s of loading",
+        ][:expected]
+    )

@@ -10,16 +10,3 @@ os.environ.setdefault("CUTE_DSL_LINEINFO", "1")
 from ptxsim.testing import matrix
 
 __all__ = ["matrix"]
-
-
-def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run the nightly sizes too (marker `full`)")
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--full"):
-        return
-    kept = [item for item in items if item.get_closest_marker("full") is None]
-    if len(kept) != len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full") is not None])
-        items[:] = kept
