@@ -1,18 +1,20 @@
 #!/bin/bash
 # Everything that is shown on a GPU, with logs that say on what: scripts/gpu_check.sh OUT_DIR [STEP ...]
 #
-# Steps: tests (kernels and runners), memcheck, racecheck (compute-sanitizer), linear, moe (benchmarks), engine (needs vLLM for
-# CUDA). Default: tests memcheck racecheck. Each writes OUT_DIR/STEP.log, benchmarks OUT_DIR/STEP.jsonl too.
+# Steps: tests (kernels and runners), memcheck, racecheck (compute-sanitizer), linear, moe (benchmarks); with vLLM for CUDA
+# engine and midsize (a random checkpoint of V4-Pro's shapes, served and measured). Default: tests memcheck racecheck. Each
+# writes OUT_DIR/STEP.log, benchmarks OUT_DIR/STEP.jsonl too, midsize OUT_DIR/midsize.json.
 #
 #   PYTHON          interpreter, default python3
 #   NVFP4_AOT_DIR   kernels built ahead of time; without it they are compiled by CuTe DSL
 #   COMMIT          where there is no git
 #   BENCH_SECONDS   for each benchmark, default 100
 #   BENCH_PEERS     default marlin,cublas for linear and marlin for moe; none without vLLM
+#   MIDSIZE_DIR     where midsize's checkpoint is, or is made (11 GB), default ${TMPDIR:-/tmp}/nvfp4-midsize
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,11s/^# \?//p' "$0" >&2
+    sed -n '2,13s/^# \?//p' "$0" >&2
     exit 64
 fi
 out=$(realpath -m "$1")
@@ -32,6 +34,12 @@ header() {
     echo "# $*"
 }
 
+midsize() {
+    local model=${MIDSIZE_DIR:-${TMPDIR:-/tmp}/nvfp4-midsize}
+    [ -f "$model/config.json" ] || "$PYTHON" scripts/make_random_checkpoint.py "$model" || return
+    "$PYTHON" scripts/gpu_engine.py --model "$model" --out "$out/midsize.json"
+}
+
 run() { # STEP COMMAND...
     local step=$1 begin=$SECONDS
     shift
@@ -49,6 +57,7 @@ for step in "${steps[@]}"; do
     case $step in
     tests) command=("$PYTHON" -m pytest tests/gpu -m "not engine" -q --durations=10) ;;
     engine) command=("$PYTHON" -m pytest tests/gpu -m engine -q -s) ;;
+    midsize) command=(midsize) TAIL=${TAIL:-45} ;;
     memcheck) command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" memcheck --report-api-errors no "$PYTHON" tests/gpu/sanitize.py) ;;
     racecheck) command=("${sanitizer[@]}" racecheck "$PYTHON" tests/gpu/sanitize.py) ;;
     linear | moe)
