@@ -40,7 +40,7 @@ test-modelopt: env  ## against NVIDIA ModelOpt itself, in an environment of its 
 	@$(TEST_ENV) NVFP4_MODELOPT_PYTHON=$(CURDIR)/.venv-modelopt/bin/python $(PY) -m pytest tests/modelopt
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in its own environment with vLLM for CUDA and this package
-	@python3 -m pytest tests/gpu
+	@python3 -m pytest tests/gpu -m "not engine"
 
 image:  ## the image, with docker, podman or buildah; FLAVOR=cpu: the one that needs no GPU
 	@scripts/image_build.sh $(FLAVOR)
