@@ -77,8 +77,12 @@ MAX_TILE_N = 256
 MAX_SUMS = 320
 # Tokens of a tile: of a linear with few tokens and with many, and of several groups at most.
 MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 144
+# Of rounds of tiles, what must be tiles for even shares not to be faster: they cost an exchange of sums.
+MIN_FILLED = 0.85
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
 MIN_STEPS = 4
+# A tile then has at most as many shares as a warpgroup has threads to wait for them.
+MAX_K = WARPGROUP * MIN_STEPS * TILE_K
 # Where nobody has left a sum: the bits of +0. What is left for a sum that is +0: the bits of -0.
 NOTHING, LEFT_ZERO = 0, -(1 << 31)
 # Sums that a thread loads at a time, and how many it has of a tile before it waits for a flag instead.
@@ -269,15 +273,15 @@ def choose_config(shape: Shape, epilogue: str, arch: str = "sm_90a") -> Config:
     num_sms = ARCHS[arch].num_sms
     if shape.tokens <= MAX_SMALL_TILE_N:
         tile_n = 1 << max(3, (shape.tokens - 1).bit_length())
-        # With fewer wide tiles than SMs, narrower ones in even shares.
-        even = -(-shape.n // 256) < num_sms
+        # Wide tiles, if they fill their last round; otherwise narrower ones in even shares.
+        even = _filled(-(-shape.n // 256), num_sms) < MIN_FILLED
         return largest_config(epilogue, 128 if even else 256, tile_n, even=even, arch=arch)
     # Tiles of so many rows, how much of the last round of them is filled, and the rate of such a tile as measured.
     rows = -(-shape.tokens // LARGE_TILE_N)
     wide, narrow = (-(-shape.n // tile_w) * rows for tile_w in (512, 128))
     rates = {
-        (256, 2, False): wide / (num_sms // 2) / -(-wide // (num_sms // 2)),
-        (128, 1, False): 0.88 * narrow / num_sms / -(-narrow // num_sms),
+        (256, 2, False): _filled(wide, num_sms // 2),
+        (128, 1, False): 0.88 * _filled(narrow, num_sms),
         (128, 1, True): 0.76,
     }
     tile_w, cluster_w, even = max(rates, key=lambda choice: rates[choice])
@@ -297,6 +301,11 @@ def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
     for tile_w, cluster_w, even in ((256, 2, False), (128, 1, False), (128, 1, True)):
         found.append(largest_config(epilogue, tile_w, LARGE_TILE_N, cluster_w=cluster_w, even=even, arch=arch))
     return tuple(dict.fromkeys(found))
+
+
+def _filled(num_tiles: int, num_ctas: int) -> float:
+    """Returns how much of all rounds of num_ctas tiles each is tiles."""
+    return num_tiles / (-(-num_tiles // num_ctas) * num_ctas)
 
 
 def _round_tile(tokens: int) -> int:
@@ -1022,8 +1031,8 @@ def grouped_gemm(
 
     Raises:
         TypeError: a tensor is of another type, or is given or missing against the epilogue.
-        ValueError: a shape, stride, device or address is not as above, k no multiple of 8, n no multiple of 8 (SwiGLU:
-            32) or of blocks, E not in 1 .. 512, or a number is out of range.
+        ValueError: a shape, stride, device or address is not as above, k no multiple of 8 up to MAX_K, n no multiple of 8
+            (SwiGLU: 32) or of blocks, E not in 1 .. 512, or a number is out of range.
 
     Numerics: products exact, sums FP32 in the tensor core, alpha in FP32, then one rounding to nearest even to BF16, or
     SwiGLU as `hopper.swiglu` and one rounding to BF16 or to codes and scales as `round_block`. With even shares the order
@@ -1155,9 +1164,10 @@ def _check_numbers(epilogue: str, limit: float | None, tokens: int, max_active_c
 def _check_sizes(epilogue: str, num_experts: int, n: int, k: int) -> None:
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"grouped_gemm_sm90: mW has {num_experts} experts, expected 1 .. {MAX_EXPERTS}")
-    if k < K_MULTIPLE or k % K_MULTIPLE:
+    if k not in range(K_MULTIPLE, MAX_K + 1, K_MULTIPLE):
         raise ValueError(
-            f"grouped_gemm_sm90: k is {k}, expected a positive multiple of {K_MULTIPLE}: TMA loads rows of 16 bytes; pad K"
+            f"grouped_gemm_sm90: k is {k}, expected a positive multiple of {K_MULTIPLE} up to {MAX_K}: TMA loads rows of 16 "
+            "bytes; pad K, or split it"
         )
     multiple = N_MULTIPLE[epilogue]
     if n < multiple or n % multiple:
