@@ -3,9 +3,9 @@
     python scripts/kernel_table.py [-j JOBS]            # writes the file
     python scripts/kernel_table.py --check [-j JOBS]    # exit code 1 where the file is not what it would write
 
-Every kernel that a deployment of the published models can call (cutedsl.deployment) is compiled for sm_100a and its cubin
-taken apart: registers and stack from its .nv.info section, static shared memory from its sections, dynamic shared memory
-from the launch in the host code, instructions from nvdisasm, which the triton package brings (versions.env pins it).
+Every kernel that a deployment of the published models can call on Blackwell or Hopper (cutedsl.deployment) is compiled and
+its cubin taken apart: registers and stack from its .nv.info section, static shared memory from its sections, dynamic shared
+memory from the launch in the host code, instructions from nvdisasm, which the triton package brings (versions.env pins it).
 
 The facts are static: they show that nothing spills and that the tensor core is used, and nothing about speed.
 Source: CUDA Binary Utilities ("nvdisasm", "Instruction Set Reference"); .nv.info records are not documented, they were read
@@ -23,7 +23,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,9 +35,12 @@ from cutedsl.deployment import Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "kernels.md"
-ARCH = "sm_100a"
+# The GPU that each architecture is of.
+ARCHS = {"sm_100a": "Blackwell", "sm_90a": "Hopper"}
 TP = (1, 2, 4, 8)
 _CUDA_MACHINE = 190
+# Since Volta.
+_INSTRUCTION_BYTES = 16
 # Records of .nv.info: EIATTR_FRAME_SIZE and EIATTR_REGCOUNT, each a symbol's index and a number.
 _SIZED_RECORD, _FRAME_SIZE, _REGISTERS = 4, 0x11, 0x2F
 # The launch configuration of the CUDA runtime, whose third field is the dynamic shared memory.
@@ -49,12 +52,12 @@ class Facts:
     """One kernel's machine code.
 
     Attributes:
-        registers: of a thread.
+        registers: of a thread at the launch.
         static_smem, dynamic_smem: bytes of a CTA.
         stack: bytes of a thread's frame in local memory.
         local: instructions that load or store local memory.
-        mma: block-scaled MMA instructions of the tensor core.
-        code_bytes: of the kernel.
+        mma: of the tensor core: block-scaled FP4 (UTCOMMA) or a warpgroup's (HGMMA).
+        instructions: in all, with those that fill up the end.
     """
 
     registers: int
@@ -63,7 +66,7 @@ class Facts:
     stack: int
     local: int
     mma: int
-    code_bytes: int
+    instructions: int
 
 
 # ---- cubins ---------------------------------------------------------------------------------------------------------
@@ -198,8 +201,8 @@ def facts(cubin: bytes, host_code: str) -> Facts:
         dynamic_smem=dynamic_smem(host_code),
         stack=_numbers(info, _FRAME_SIZE)[index],
         local=len(re.findall(r"\b(?:STL|LDL)\b", text)),
-        mma=len(re.findall(r"\bUTCOMMA\b", text)),
-        code_bytes=sections[f".text.{kernel}"].size,
+        mma=len(re.findall(r"\b(?:UTCOMMA|HGMMA)\b", text)),
+        instructions=sections[f".text.{kernel}"].size // _INSTRUCTION_BYTES,
     )
 
 
@@ -216,9 +219,9 @@ def examine(variant: Variant) -> Facts:
     return facts(cubin, str(function.ir_module))
 
 
-def closed_set() -> list[Variant]:
-    """Every kernel that a deployment of a published model can call."""
-    asked = [deployment.deployment(model, TP, ARCH) for model in deployment.MODELS.values()]
+def closed_set(arch: str) -> list[Variant]:
+    """Every kernel that a deployment of a published model can call on an architecture."""
+    asked = [deployment.deployment(model, TP, arch) for model in deployment.MODELS.values()]
     found = [variant for each in asked for variant in deployment.variants(each)]
     unique = {(variant.kernel, variant.config): variant for variant in found}
     families = [family.kernel for family in deployment.FAMILIES]
@@ -235,30 +238,40 @@ def label(variant: Variant) -> str:
 def row(variant: Variant, found: Facts) -> str:
     """A kernel's row."""
     cells = (
-        found.registers, found.static_smem, found.dynamic_smem, found.stack, found.local, found.mma, found.code_bytes,
+        found.registers, found.static_smem, found.dynamic_smem, found.stack, found.local, found.mma,
+        found.instructions,
     )  # fmt: skip
     return f"{label(variant)} {' | '.join(map(str, cells))} |"
 
 
-def document(rows: Sequence[str]) -> str:
-    """The whole file."""
+def document(rows: Mapping[str, Sequence[str]]) -> str:
+    """The whole file, from the rows of each architecture."""
     sizes = ", ".join(map(str, TP))
     triton = importlib.metadata.version("triton")
     tools = f"CuTe DSL {compiler.dsl_version()}, nvdisasm {nvdisasm_version()} of triton {triton}"
-    return f"""# Kernels for Blackwell, as compiled
+    sections = "\n".join(_section(arch, rows[arch]) for arch in ARCHS)
+    return f"""# Kernels, as compiled
 
-What the machine code for {ARCH} says of every kernel that a deployment of DeepSeek-V4 Pro or Flash can call, at any number of
-tokens and tensor parallel sizes {sizes}. Static facts: not verified on hardware, and nothing here is about speed.
+What the machine code says of every kernel that a deployment of DeepSeek-V4 Pro or Flash can call, at any number of tokens
+and tensor parallel sizes {sizes}. Static facts: nothing here is about speed, and sm_100a is not verified on hardware.
 Written by `scripts/kernel_table.py`; `tests/sim/test_aot.py` holds it to the code.
 
-{tools}, {len(rows)} kernels.
+{tools}.
 
-- **registers** of a thread; **static**, **dynamic**: bytes of shared memory of a CTA (1024 static ones are the system's).
+- **registers** of a thread at the launch; in grouped_gemm_sm90 the warpgroup that loads then gives some to the others.
+- **static**, **dynamic**: bytes of shared memory of a CTA (1024 static ones are the system's).
 - **stack**: bytes of local memory of a thread; **local**: instructions that access it (STL, LDL). 0: nothing is spilled.
-- **MMA**: block-scaled FP4 MMA instructions of the tensor core (UTCOMMA) in the code; a loop executes each many times.
-- **code**: bytes of instructions.
+- **MMA**: instructions of the tensor core in the code; a loop executes each many times. They are block-scaled FP4 ones on
+  Blackwell (UTCOMMA) and BF16 ones of a warpgroup on Hopper (HGMMA).
+- **instructions** in all, of {_INSTRUCTION_BYTES} bytes each, with those that fill up the end.
 
-| kernel | configuration | registers | static | dynamic | stack | local | MMA | code |
+{sections}"""
+
+
+def _section(arch: str, rows: Sequence[str]) -> str:
+    return f"""## {ARCHS[arch]}, {arch}: {len(rows)} kernels
+
+| kernel | configuration | registers | static | dynamic | stack | local | MMA | instructions |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(rows)}
 """
@@ -282,7 +295,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where the file is out of date")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="processes, default one a core")
     arguments = parser.parse_args()
-    text = document(table(closed_set(), arguments.jobs))
+    text = document({arch: table(closed_set(arch), arguments.jobs) for arch in ARCHS})
     if arguments.check:
         if DOCUMENT.read_text(encoding="utf-8") != text:
             print(f"{DOCUMENT} is out of date: run scripts/kernel_table.py", file=sys.stderr)

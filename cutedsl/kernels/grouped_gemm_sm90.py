@@ -212,6 +212,11 @@ class Config:
                 f"Config: num_consumers is {self.num_consumers} with tile_w {self.tile_w}, expected one of "
                 f"{sorted(CONSUMER_REGISTERS)}, each with a block of {BLOCK_ROWS} rows"
             )
+        if self.cluster_w not in (1, 2) or (self.even and self.cluster_w > 1):
+            raise ValueError(f"Config: cluster_w is {self.cluster_w} and even {self.even}, expected 1, or 2 and False")
+        largest = 128 * LARGE_TILE_N if self.flagged else 2 * WARPGROUP * MIN_FLAGGED_SUMS
+        if self.even and self.tile_w * self.tile_n > largest:
+            raise ValueError(f"Config: {self} has even shares, expected a tile of at most {largest} sums")
         # 24 is no tile: CuTe DSL 4.8.0 dies compiling it.
         if self.tile_n not in (8, *range(16, MAX_TILE_N + 1, 16)) or self.tile_n % (8 * self.cluster_w):
             raise ValueError(
@@ -222,8 +227,6 @@ class Config:
             raise ValueError(f"Config: {self} has more sums than registers; take a smaller tile_n or tile_w")
         if self.num_stages < 2:
             raise ValueError(f"Config: num_stages is {self.num_stages}, expected at least 2")
-        if self.cluster_w not in (1, 2) or (self.even and self.cluster_w > 1):
-            raise ValueError(f"Config: cluster_w is {self.cluster_w} and even {self.even}, expected 1, or 2 and False")
         arch = ARCHS[self.arch]
         if self.smem_bytes > arch.smem_bytes:
             raise ValueError(

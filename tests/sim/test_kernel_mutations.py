@@ -381,7 +381,8 @@ FINALIZE = [
         "sum from the last choice to the first",
         WRONG,
         "in cutlass.range_constexpr(self.config.top_k):\n            if rows[choice] >= 0:\n                self._add",
-        "in cutlass.range_constexpr(self.config.top_k - 1, -1, -1):\n            if rows[choice] >= 0:\n                self._add",
+        "in cutlass.range_constexpr(self.config.top_k - 1, -1, -1):\n"
+        "            if rows[choice] >= 0:\n                self._add",
     ),
     source(
         "-1 is a row",

@@ -31,7 +31,7 @@ from test_runners_sm100 import (
 import cutedsl.ops
 import ptxsim
 from cutedsl import compile as compiler
-from cutedsl.kernels import hopper
+from cutedsl.kernels import grouped_gemm_sm90, hopper
 from cutedsl.ops import registry
 from cutedsl.quantize import unscaled_activation
 from cutedsl.reference.linear import PackedMatrix, linear_fp32, unscaled_mm
@@ -97,7 +97,7 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
         if name != "sums":
             tensor.view(torch.uint8).fill_(STALE_FLOAT if dtype.is_floating_point else STALE_INTEGER)
         else:
-            assert tensor.eq(0).all(), "a launch has left sums behind"
+            assert not grouped_gemm_sm90.zeros(tensor).any(), "a launch has left sums behind"
         return tensor
 
     monkeypatch.setattr(Workspace, "take", take_stale)

@@ -1,0 +1,183 @@
+"""Faults in the source of the sm90 grouped GEMM: each must be noticed, and the good kernels must pass.
+
+As test_kernel_mutations.py, which says how; for the machine of hopper_kit.
+"""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import test_grouped_gemm_sm90 as gemm_test
+from hopper_kit import on_hopper
+from mutations import Kernel, Mutation, run_mutant, source
+from seeding import WRONG
+
+from ptxsim import findings
+
+__all__ = ["on_hopper"]
+
+
+def kernel(name: str, shape: tuple[tuple[int, ...], int, int, int], *args: object, **more: object) -> Kernel:
+    """A configuration with two stages, so that every barrier wraps."""
+
+    def run(module: ModuleType, policy: str, seed: int) -> None:
+        config = module.Config(*args, num_stages=2, **more)
+        gemm_test.simulate(config, shape, policy, seed, None if args[0] == "bf16" else gemm_test.LIMIT)
+
+    return Kernel(name, "grouped_gemm_sm90", gemm_test, "gemm", run)
+
+
+plain = kernel("bf16", ((9, 0, 3), 136, 544, 1), "bf16", 128, 8)
+pair = kernel("bf16, pairs", ((20, 0, 3), 264, 544, 1), "bf16", 128, 16, cluster_w=2)
+quantized = kernel("swiglu_nvfp4", ((9, 0, 3), 160, 272, 1), "swiglu_nvfp4", 128, 8)
+even = kernel("bf16, even", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 8, even=True)
+flagged = kernel("bf16, even with flags", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 64, even=True)
+
+RACE = "race | in-flight-access | uninitialised-read | barrier-overarrival | deadlock"
+PLAIN = [
+    source(
+        "stage given back a step early",
+        f"{RACE} | {WRONG}",
+        "self._release(smem, last)\n                last",
+        "self._release(smem, index)\n                last",
+    ),
+    source(
+        "MMAs of two halves left in flight",
+        f"{RACE} | {WRONG}",
+        "in_flight = 1 if config.overlap",
+        "in_flight = 2 if config.overlap",
+    ),
+    source(
+        "load never waits for an empty stage",
+        RACE,
+        "                cute.arch.mbarrier_wait(smem.empty + index, phase)\n",
+        "",
+    ),
+    source(
+        "consumers never wait for a full stage",
+        RACE,
+        "                cute.arch.mbarrier_wait(smem.full + index, phase)\n",
+        "",
+    ),
+    source("code one place off", WRONG, "(word << 3) & _CODE_MASK", "(word << 2) & _CODE_MASK"),
+    source("scale of the other row", WRONG, "scale = scales[p % 2][i % 2]", "scale = scales[0][i % 2]"),
+    source(
+        "scale of the other half",
+        WRONG,
+        "hopper.mul_bf16x2_half(pairs[p], scale, i // 2)",
+        "hopper.mul_bf16x2_half(pairs[p], scale, 1 - i // 2)",
+    ),
+    source("scales of the other 64 columns", WRONG, "rSF[0, h] = sSF[0, half, h,", "rSF[0, h] = sSF[0, 0, h,"),
+    source(
+        "alpha of the row 8 below",
+        f"{WRONG} | out-of-bounds",
+        "w_row + b * BLOCK_ROWS + 8 * h)",
+        "w_row + b * BLOCK_ROWS + 8)",
+    ),
+    source(
+        "alpha of another expert",
+        WRONG,
+        "alpha = out.mAlpha[expert, w_row // (out.n",
+        "alpha = out.mAlpha[0, w_row // (out.n",
+    ),
+    source("one token too many stored", WRONG, "(tile_token < place.num_tokens)", "(tile_token <= place.num_tokens)"),
+    source("last column left out", WRONG, "(column < num_columns)", "(column < num_columns - 8)"),
+    source("sums of the tile before kept", WRONG, "            acc.fill(0.0)\n", ""),
+    source("tokens of another tile", WRONG, "% num_token_tiles * self.config.tile_n)", "% 1 * self.config.tile_n)"),
+]
+PAIR = [
+    source(
+        "stage given back to the own CTA alone",
+        RACE,
+        "for cta in cutlass.range_constexpr(self.config.cluster_w):\n"
+        "                        cute.arch.mbarrier_arrive(smem.empty + index, cta)",
+        "cute.arch.mbarrier_arrive(smem.empty + index)",
+    ),
+    source(
+        "both load the same half of the tokens",
+        f"{RACE} | {WRONG}",
+        "                tiles.rank,\n                cute.make_layout(config.cluster_w)",
+        "                0,\n                cute.make_layout(config.cluster_w)",
+    ),
+    source("both take the same weight tile", WRONG, "* self.config.cluster_w + tiles.rank", "* self.config.cluster_w"),
+]
+QUANTIZED = [
+    source("h_scale of another expert", WRONG, "out.mHScale[place.expert]", "out.mHScale[0]"),
+    source(
+        "gate and up exchanged", WRONG, "hopper.swiglu(low, high, out.limit)", "hopper.swiglu(high, low, out.limit)"
+    ),
+]
+EVEN = [
+    source("a sum read is not set back", WRONG, "[cutlass.Int32(NOTHING)] * 4)", "[cutlass.Int32(LEFT_ZERO)] * 4)"),
+    source(
+        "share ends a step early",
+        f"{WRONG} | deadlock",
+        "cutlass.min(tiles.end_step - before, tiles.num_k)",
+        "cutlass.min(tiles.end_step - 1 - before, tiles.num_k)",
+    ),
+    source("last share of a tile not added", WRONG, "(tile + 1) * tiles.num_k - 1)", "(tile + 1) * tiles.num_k - 5)"),
+    source(
+        "last of longer shares is short",
+        WRONG,
+        "cutlass.min(share, tiles.num_longer)",
+        "cutlass.min(share, tiles.num_longer - 1)",
+    ),
+]
+FLAGGED = [
+    source("flag not set back", WRONG, "            cute.arch.store(flag, cutlass.Int32(0))\n", ""),
+]
+
+MUTANTS = [(plain, PLAIN), (pair, PAIR), (quantized, QUANTIZED), (even, EVEN), (flagged, FLAGGED)]
+# The simulator does not notice. Who leaves sums has them at the start of its share and who adds them at the end, so that they
+# are there in time in all runs here; and it does not need a release for others to see what was stored before.
+MISSED = [
+    (
+        even,
+        source(
+            "does not wait for sums",
+            f"{WRONG} | race",
+            "missing = missing | (rBits[i] == NOTHING)",
+            "missing = cutlass.Boolean(False)",
+        ),
+    ),
+    (
+        flagged,
+        source(
+            "flag without release",
+            "race | missing-proxy-fence",
+            'cute.arch.store(flag, cutlass.Int32(1), sem="release", scope="gpu")',
+            'cute.arch.store(flag, cutlass.Int32(1), sem="relaxed", scope="gpu")',
+        ),
+    ),
+]
+CASES = [(kernel, mutation) for kernel, mutations in MUTANTS for mutation in mutations]
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel, _ in MUTANTS], ids=lambda kernel: kernel.name)
+def test_good_kernel(kernel: Kernel, tmp_path: Path) -> None:
+    for policy, outcome in run_mutant(kernel, None, tmp_path).items():
+        assert not outcome.codes, f"{policy}: {outcome}: {outcome.detail}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mutation"), CASES, ids=[f"{kernel.name}: {mutation.name}" for kernel, mutation in CASES]
+)
+def test_fault_is_noticed(kernel: Kernel, mutation: Mutation, tmp_path: Path) -> None:
+    for policy, outcome in run_mutant(kernel, mutation, tmp_path).items():
+        assert mutation.expected & set(outcome.codes), (
+            f"{policy}: {outcome}, expected one of {sorted(mutation.expected)}: {outcome.detail}"
+        )
+
+
+@pytest.mark.parametrize(("kernel", "mutation"), MISSED, ids=[mutation.name for _, mutation in MISSED])
+def test_fault_that_is_known_to_be_missed(kernel: Kernel, mutation: Mutation, tmp_path: Path) -> None:
+    # Fails when it is seen: then it belongs into the list above.
+    outcomes = run_mutant(kernel, mutation, tmp_path)
+    assert all(not outcome.codes for outcome in outcomes.values())
+
+
+def test_every_fault_names_codes_that_exist() -> None:
+    codes = {value for name, value in vars(findings).items() if name.isupper()} | {WRONG}
+    for _, mutation in CASES:
+        assert mutation.expected
+        assert mutation.expected <= codes, mutation.name
