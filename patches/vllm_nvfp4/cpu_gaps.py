@@ -12,6 +12,7 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBuilder
 from vllm.v1.attention.backends.mla import sparse_swa
+from vllm.v1.sample.ops import topk_topp_sampler
 
 TILE_SCHEDULER_KEYS = (
     "_LAYER_TYPE_SWAONLY",
@@ -27,6 +28,7 @@ def close_all() -> None:
     _close_tile_scheduler()
     _close_topk()
     _close_exchange()
+    _close_sampler()
 
 
 def _close_tile_scheduler() -> None:
@@ -45,6 +47,16 @@ def _close_tile_scheduler() -> None:
         return {**every, **upstream(self, num_decode_tokens)}
 
     DeepseekV4CPUSparseSWAMetadataBuilder.build_tile_scheduler = build_tile_scheduler
+
+
+def _close_sampler() -> None:
+    """Mask by top-k and top-p in torch.
+
+    Why: topk_topp_sampler.py:466 calls a Triton kernel wherever Triton is there, and `_topk_topp` fails in the
+    interpreter: a request with top_p stopped the engine.
+    Remove when: the kernel runs in Triton's interpreter, or upstream asks for a GPU.
+    """
+    topk_topp_sampler.HAS_TRITON = False
 
 
 def _close_topk() -> None:

@@ -33,15 +33,15 @@ def folder() -> Path | None:
 
 
 @cache
-def use() -> None:
-    """Put the set into use, once in a process.
+def use() -> int:
+    """Put the set into use, once in a process; returns how many kernels it has, 0 where there is none to use.
 
     Raises: RuntimeError - there is no such folder, or the set is stale and NVFP4_STRICT=1; the message has the reason.
     """
     found = folder()
     if found is None:
         logger.info("NVFP4 kernels: no set built ahead of time, compiling at start (%s)", env.AOT_DIR.doc)
-        return
+        return 0
     from cutedsl import aot
     from cutedsl import compile as compiler
 
@@ -49,5 +49,6 @@ def use() -> None:
         count = compiler.use(found)
     except aot.StaleSetError as error:
         selection.record("kernels", "kernel_set", "compiler", fallback=True, reason=str(error))
-        return
+        return 0
     logger.info("NVFP4 kernels: %d built ahead of time in %s", count, found)
+    return count

@@ -18,7 +18,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
-from vllm_nvfp4 import selection
+from vllm_nvfp4 import env, selection
 from vllm_nvfp4.status import FRONT, Status
 
 # Set by the front process for its children; not for users. The folder's name ends in its maker's process id.
@@ -83,6 +83,13 @@ def open_folder() -> None:
     # Forked children inherit the handler; only the maker may remove the folder.
     atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
     REGISTRY.register(ModuleCollector(folder))
+    # Imported here: both import this module.
+    from vllm_nvfp4.side_port import StartCollector
+    from vllm_nvfp4.warmup_worker import CompilationCollector
+
+    REGISTRY.register(CompilationCollector(folder))
+    if path := env.text(env.STATUS_FILE):
+        REGISTRY.register(StartCollector(path))
 
 
 def kernel_counts() -> dict[str, Any]:

@@ -7,7 +7,9 @@ tensor into its own buffer, which is gone when the parameter has it (measured: t
 import ctypes
 import sys
 import time
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
-from vllm_nvfp4 import checkpoint, kernel_sets, metrics, names, platform, selection, served, warmup
+from vllm_nvfp4 import checkpoint, kernel_sets, metrics, names, platform, selection, served, warmup, warmup_worker
 from vllm_nvfp4.loader import Progress
 from vllm_nvfp4.quantization import Nvfp4Config
-from vllm_nvfp4.status import Status
+from vllm_nvfp4.status import CONSTRUCTING, LOADED, PREPARING, Status
 
 LOAD_FORMAT = "nvfp4"
 # Formats of the command line that mean "safetensors files, read the usual way"; only these are replaced.
@@ -48,6 +50,38 @@ def layer_key(canonical: str) -> str:
     return ".".join(parts[:2]) if canonical.startswith("mtp.") else "other"
 
 
+@contextmanager
+def counted_layers(model: torch.nn.Module, status: Status) -> Iterator[None]:
+    """Inside, vLLM's walk over quantization methods is reported to `status`, a layer when its last module is through."""
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "quant_method", None), "process_weights_after_loading")
+    }
+    layer_of = {id(module): layer_key(name) for name, module in modules.items()}
+    left = Counter(layer_of.values())
+    total = len(left)
+    wrapped = {id(module.quant_method): module.quant_method for module in modules.values()}.values()
+
+    def counting(process: Callable[..., None]) -> Callable[..., None]:
+        def count(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+            process(layer, *args, **kwargs)
+            left[layer_of.pop(id(layer), "")] -= 1
+            status.update(PREPARING, total - sum(n > 0 for n in left.values()), total, "layers")
+
+        return count
+
+    status.update(PREPARING, 0, total, "layers")
+    for method in wrapped:
+        method.process_weights_after_loading = counting(method.process_weights_after_loading)
+    try:
+        yield
+    finally:
+        for method in wrapped:
+            del method.process_weights_after_loading
+    status.update(PREPARING, total, total, "layers")
+
+
 @register_model_loader(LOAD_FORMAT)
 class Nvfp4ModelLoader(DefaultModelLoader):
     """DefaultModelLoader with our own reading of safetensors files."""
@@ -58,22 +92,27 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         self.model: Any = None
         self.counter_before_loading_weights: float = 0.0
         self.status = Status()
+        # None outside load_model: behind a reload of weights vLLM's walk is not ours to count.
+        self.preparation: ExitStack | None = None
 
     def load_model(self, vllm_config: Any, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
         """Construct, load, process, check and warm up, with a phase in the heartbeat for each."""
         self.status = Status(rank=get_world_group().rank)
-        self.status.update("constructing")
+        self.status.update(CONSTRUCTING)
         if platform.backend() in platform.CAPABILITY_OF:
             kernel_sets.use()
-        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        with ExitStack() as self.preparation:
+            model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        self.preparation = None
         release_free_heap()
-        self.status.update("loaded", 1, 1, "model")
+        self.status.update(LOADED, 1, 1, "model")
         selection.log_summary()
         if isinstance(vllm_config.quant_config, Nvfp4Config):
             served.check(model, vllm_config.quant_config)
             served.key_compiled_graphs(vllm_config)
             warmup.run(model, warmup.Limits.of(vllm_config), self.status)
         metrics.publish(get_world_group().rank)
+        warmup_worker.follow(vllm_config, self.status)
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
@@ -81,7 +120,10 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         self.model = model
         super().load_weights(model, model_config)
         release_free_heap()
-        self.status.update("processing")
+        if self.preparation is None:
+            self.status.update(LOADED, 1, 1, "model")
+        else:
+            self.preparation.enter_context(counted_layers(model, self.status))
 
     def _get_weights_iterator(
         self, source: DefaultModelLoader.Source

@@ -5,7 +5,7 @@
     ready     passes when one token was really computed, or the engine is seen to compute others' tokens
 
 The hard part is to tell slow from stuck. A phase that counts (bytes loaded) is stuck when its count rests for `stall_s`.
-A phase that cannot count (imports, graph capture) may be silent for `silent_s`, as long as its processes compute or read;
+A phase that cannot count evenly (imports, graph capture) may be silent for `silent_s` while its processes compute or read;
 one that does neither is stuck after `stall_s` too. `nvfp4 probe plan` derives both from a checkpoint and its disk.
 
 An answer is one line on stdout and an exit code: 0 passes, 1 fails, 64 wrong usage. The API key is read from
@@ -61,7 +61,8 @@ class Node:
 
 
 ALONE = Node()
-THROUGH = ("loaded", "warmed up")  # phases after which a rank waits for work
+# Phases with all weights in place; what follows is vLLM's, which leads all ranks through it together.
+THROUGH = (status.LOADED, status.WARM, status.UPSTREAM, status.CAPTURING, status.READY)
 
 
 class Machine(Protocol):

@@ -67,6 +67,7 @@ vllm.config.parallel
   exists | ParallelConfig.data_parallel_size | verification.py warmup.py | ranks whose tokens experts see
   exists | ParallelConfig.prefill_context_parallel_size,enable_eplb,enable_elastic_ep | verification.py | refused
   source | ParallelConfig.use_ubatching | verification.py | refused: runners share buffers
+  exists | ParallelConfig.worker_cls | warmup_worker.py | the class we wrap
   value | ParallelConfig.all2all_backend | verification.py | refused, but for one
 vllm.config.scheduler
   exists | SchedulerConfig.max_num_batched_tokens | warmup.py | the largest step
@@ -339,6 +340,10 @@ vllm.triton_utils.importing
   source | HAS_TRITON | triton_cpu/__init__.py | asks for a backend named `cpu` | importing.py
 vllm.utils.argparse_utils
   source | FlexibleArgumentParser.parse_args,load_config_file | cli.py | how flags are spelled and where | --config
+vllm.utils.jit_monitor
+  signature | is_active | warmup_worker.py | asked once
+  source | _handle_jit_event _log_triton_jit_compile _log_cutedsl_jit_compile _log_tilelang_jit_compile | \
+    warmup_worker.py | what all events pass through, by keyword | _handle_jit_event
 vllm.utils.multi_stream_utils
   signature | execute_in_parallel | attention.py | called
 vllm.v1.attention.backends.mla
@@ -351,8 +356,25 @@ vllm.v1.attention.backends.mla.sparse_swa
   source | _compute_swa_indices_and_lens_kernel | cpu_kernels.py | replaced: compare with ours
 vllm.v1.metrics.prometheus
   source | get_prometheus_registry | metrics.py | the registry behind /metrics | REGISTRY
+vllm.v1.cudagraph_dispatcher
+  source | CudagraphDispatcher.get_capture_descs | warmup_worker.py | graphs to capture
+vllm.v1.sample.ops
+  exists | topk_topp_sampler | cpu_gaps.py | the module whose global we replace
+vllm.v1.sample.ops.topk_topp_sampler
+  exists | HAS_TRITON | cpu_gaps.py | the global we replace
+  source | apply_top_k_top_p | cpu_gaps.py | asks it at each call | HAS_TRITON
+vllm.v1.worker.cpu_worker
+  signature | CPUWorker.compile_or_warm_up_model | warmup_worker.py | wrapped
+vllm.v1.worker.gpu.cudagraph_utils
+  source | CudaGraphManager.capture | warmup_worker.py | asks for a function twice a graph | warmup=True
+  exists | CudaGraphManager._capture_descs | warmup_worker.py | graphs to capture
+vllm.v1.worker.gpu.model_runner
+  exists | GPUModelRunner.cudagraph_manager | warmup_worker.py | captures
+vllm.v1.worker.gpu_model_runner
+  source | GPUModelRunner.capture_model,_capture_cudagraphs | warmup_worker.py | once a graph | _warmup_and_capture
 vllm.v1.worker.gpu_worker
-  source | Worker.load_model,determine_available_memory,compile_or_warm_up_model | warmup.py | in this order | profile_run
+  source | Worker.load_model,determine_available_memory,compile_or_warm_up_model | warmup.py warmup_worker.py | \
+    in this order | profile_run, compile_or_warm_up_model
 vllm.v1.worker.utils
   exists | KVBlockZeroer | cpu_kernels.py | patched
   source | KVBlockZeroer._meta KVBlockZeroer.zero_block_ids _zero_kv_blocks_kernel | cpu_kernels.py | replaced: compare

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_nvfp4 import env, metrics, status
+from vllm_nvfp4 import env, metrics, status, warmup_worker
 
 PR_SET_PDEATHSIG = 1
 
@@ -103,7 +103,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     registry = CollectorRegistry()
     registry.register(StartCollector(env.text(env.STATUS_FILE)))
-    registry.register(metrics.ModuleCollector(Path(os.environ[metrics.FOLDER_VARIABLE])))
+    folder = Path(os.environ[metrics.FOLDER_VARIABLE])
+    registry.register(metrics.ModuleCollector(folder))
+    registry.register(warmup_worker.CompilationCollector(folder))
     try:
         start_http_server(int(sys.argv[1]), registry=registry)
     except OSError as error:

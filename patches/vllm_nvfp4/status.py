@@ -20,12 +20,20 @@ MIN_INTERVAL_S = 0.5  # a progress update more often than this is dropped; a new
 FRONT = -1  # the rank of the process that users start
 HEALTHY, ANSWERED = "healthy", "answered"  # events that probes remember for each other
 
+# A rank's phases in their order; a draft model goes through those of a load again.
+CONSTRUCTING, LOADING, PREPARING, LOADED = "constructing", "loading", "preparing", "loaded"
+KERNELS, WARMING, WARM = "kernels", "warming up", "warmed up"
+UPSTREAM, CAPTURING, READY = "warming vLLM up", "capturing graphs", "ready"
+# One item of these may be minutes of vLLM's compilers at work: a count that rests says nothing.
+UNEVEN = (CAPTURING,)
+
 
 @dataclass(frozen=True)
 class State:
     """One heartbeat, as written; `monotonic_s` is CLOCK_MONOTONIC, which all processes of a machine share.
 
-    phase: imports, config (front); constructing, loading, processing, loaded, and what warm-up adds (ranks).
+    phase: imports, config (front); constructing, loading (bytes), preparing (layers), loaded, kernels, warming up
+        (batches), warmed up, warming vLLM up, capturing graphs (graphs), ready (ranks). docs/warmup.md has what each is.
     done, total, unit: progress within the phase; total 0: the phase reports none, and `working` is False.
     """
 
@@ -40,8 +48,8 @@ class State:
 
     @property
     def working(self) -> bool:
-        """True while the phase counts something and is not through: from here silence is a hang."""
-        return self.done < self.total
+        """True while the phase counts something evenly and is not through: from here silence is a hang."""
+        return self.phase not in UNEVEN and self.done < self.total
 
 
 class Status:

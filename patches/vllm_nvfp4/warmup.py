@@ -9,6 +9,9 @@ an eager run).
 Not covered there, and so here: batches between the capture sizes and the largest one; wo_a and the indexer's wq_b, which
 profile runs leave out; and all of it before the first capture, as buffers must not grow during one. The end of the
 load is the last point of ours before that. The inputs are random BF16 activations, the weights the model's own.
+
+Two phases: `kernels` says how many the set in use has, `warming up` counts the calls; what these load and compile is
+published after each shape. docs/warmup.md lists what else serving can reach, and who warms that.
 """
 
 import logging
@@ -21,7 +24,8 @@ import torch
 
 from cutedsl.runners.moe import MoeRunner
 from cutedsl.runners.wo_a import WoARunner
-from vllm_nvfp4.status import Status
+from vllm_nvfp4 import kernel_sets, metrics, platform
+from vllm_nvfp4.status import KERNELS, WARM, WARMING, Status
 
 logger = logging.getLogger("vllm.nvfp4")
 
@@ -70,27 +74,31 @@ def run(model: torch.nn.Module, limits: Limits, status: Status) -> None:
 
     compiler.freeze(False)  # a draft model is loaded behind the main one
     started, before = time.perf_counter(), compiler.counters()
+    built = kernel_sets.use() if platform.backend() in platform.CAPABILITY_OF else 0
+    status.update(KERNELS, built, built, "kernels")
     done, total = 0, sum(len(batches(_largest(runner, limits))) for runner, _ in distinct.values())
     with torch.inference_mode():
         for runner, table in distinct.values():
             inputs = _inputs(runner, table, limits)
             for tokens in batches(_largest(runner, limits)):
-                status.update("warming up", done, total, "batches")
+                status.update(WARMING, done, total, "batches")
                 runner(*(tensor[:tokens] for tensor in inputs), *([] if table is None else [table]))
                 done += 1
             # Where rows are a slice of wider ones, some backends choose another kernel.
             first, *others = (tensor[:STRIDED_ROWS] for tensor in inputs)
             runner(_strided(first), *others, *([] if table is None else [table]))
             del inputs
+            metrics.publish(status.rank)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    status.update("warmed up", total, total, "batches")
+    status.update(WARM, total, total, "batches")
     compiler.freeze()
     after = compiler.counters()
     logger.info(
-        "NVFP4 warm-up: %d runners of distinct shape, up to %d tokens, %.1f s; %d kernels loaded, %d compiled",
-        len(distinct), max(_largest(runner, limits) for runner, _ in distinct.values()),
-        time.perf_counter() - started, after.loaded - before.loaded, after.compilations - before.compilations,
+        "NVFP4 warm-up: %d runners of distinct shape, up to %d tokens, %.1f s; of %d kernels built ahead of time %d loaded, "
+        "and %d compiled",
+        len(distinct), max(_largest(runner, limits) for runner, _ in distinct.values()), time.perf_counter() - started,
+        built, after.loaded - before.loaded, after.compilations - before.compilations,
     )  # fmt: skip
 
 

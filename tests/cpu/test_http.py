@@ -117,6 +117,19 @@ def test_eight_requests_at_once_equal_the_same_alone(client: openai.OpenAI, refe
         assert worst < TOGETHER_TOLERANCE, f"prompt of {len(prompt)} tokens: off by {worst}"
 
 
+@pytest.mark.parametrize("how", [{"top_p": 0.9}, {"top_k": 5}, {"top_k": 20, "top_p": 0.5}], ids=str)
+def test_sampling_by_rank_and_by_mass(client: openai.OpenAI, reference: list[dict], how: dict[str, float]) -> None:
+    options = {
+        "model": "affine",
+        "prompt": reference[0]["prompt_token_ids"],
+        "max_tokens": 4,
+        "temperature": 1.0,
+        "seed": 3,
+    }
+    first, again = (client.completions.create(**options, extra_body=how).choices[0].text for _ in range(2))
+    assert first == again
+
+
 def test_streaming_gives_the_same_text(client: openai.OpenAI, reference: list[dict]) -> None:
     prompt = reference[0]["prompt_token_ids"]
     whole = client.completions.create(model="affine", prompt=prompt, max_tokens=16, temperature=0)
@@ -228,6 +241,6 @@ def test_progress_is_one_line_a_layer(server: Server) -> None:
 
 def test_heartbeat_says_loaded(server: Server, status_file: Path) -> None:
     state = json.loads(status_file.read_text())
-    assert state["phase"] == "loaded"
+    assert state["phase"] == "ready"
     assert state["done"] == state["total"]
     assert 0 < state["phase_started_monotonic_s"] <= state["monotonic_s"]

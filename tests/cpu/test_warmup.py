@@ -1,14 +1,18 @@
-"""The warm-up's batches meet every kernel that any batch can choose, and kernel sets are used, refused or done without."""
+"""Every phase behind a load: its batches, layers and graphs counted, and each kernel met; sets are used or refused."""
 
+import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from vllm_nvfp4 import kernel_sets, selection, warmup
+from prometheus_client import CollectorRegistry, generate_latest
+from vllm_nvfp4 import kernel_sets, metrics, model_loader, platform, selection, warmup, warmup_worker
 from vllm_nvfp4.status import Status
 
 from cutedsl import aot, compile, deployment
@@ -60,6 +64,234 @@ def test_the_reference_needs_no_warm_up() -> None:
     assert not compile.frozen()
 
 
+class Beats:
+    """Stands in for the heartbeat file."""
+
+    rank = 0
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Any, ...]] = []
+
+    def update(self, *state: Any) -> None:
+        self.found.append(state)
+
+
+class Runner:
+    """A runner that says which batches it was called with."""
+
+    chain = SimpleNamespace(workspace=None)
+    device, in_features = torch.device("cpu"), 16
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.strided = 0
+
+    def __call__(self, x: torch.Tensor) -> None:
+        self.batches.append(len(x))
+        self.strided += not x.is_contiguous()
+
+
+def test_phases_of_our_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runner, beats = torch.nn.Linear(2, 2), Runner(), Beats()
+    model.nvfp4_runner = runner
+    published: list[int] = []
+    monkeypatch.setattr(metrics, "publish", published.append)
+    monkeypatch.setattr(platform, "backend", lambda: "sm100")
+    monkeypatch.setattr(kernel_sets, "use", lambda: 36)
+    try:
+        warmup.run(model, warmup.Limits(40, 40, 2), beats)
+        assert compile.frozen()
+    finally:
+        compile.freeze(False)
+    assert runner.batches == [*warmup.batches(40), 2]
+    assert runner.strided == 1
+    total = len(warmup.batches(40))
+    counted = [("warming up", done, total, "batches") for done in range(total)]
+    assert beats.found == [("kernels", 36, 36, "kernels"), *counted, ("warmed up", total, total, "batches")]
+    assert published == [0], "after the only shape"
+
+
+# --- preparation, layer by layer
+
+
+class Method:
+    """A quantization method."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.processed = True
+
+
+def test_layers_are_counted_when_their_last_module_is_through() -> None:
+    model, beats, shared = torch.nn.Module(), Beats(), Method()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList(torch.nn.ModuleList(torch.nn.Identity() for _ in range(2)) for _ in "ab")
+    modules = [module for layer in model.model.layers for module in layer]
+    for module, method in zip(modules, (shared, shared, shared, Method()), strict=True):
+        module.quant_method = method
+    modules[0].act = torch.nn.Identity()
+    modules[0].act.quant_method = None
+    with model_loader.counted_layers(model, beats):
+        for module in modules:
+            module.quant_method.process_weights_after_loading(module)
+    assert beats.found == [("preparing", done, 2, "layers") for done in (0, 0, 1, 1, 2, 2)]
+    assert all(module.processed for module in modules)
+    assert not any(vars(module.quant_method) for module in modules), "methods are as before"
+
+
+# --- what follows in vLLM's worker
+
+
+class Manager:
+    """vLLM's CudaGraphManager, as far as we rely on it."""
+
+    def __init__(self, descs: dict[str, list[int]]) -> None:
+        self._capture_descs, self.created = descs, []
+
+    def capture(self, create_forward_fn: Callable[..., Any], progress_bar_desc: str = "") -> None:
+        for descs in self._capture_descs.values():
+            for desc in descs:
+                self.created += [create_forward_fn(desc, warmup=True), create_forward_fn(desc, warmup=False)]
+
+
+class ModelManager(Manager):
+    def capture(self, model: str) -> None:
+        super().capture(lambda desc, warmup: (model, desc, warmup), "graphs")
+
+
+class DraftManager(Manager):
+    def capture(self) -> None:
+        super().capture(lambda desc, warmup: ("draft", desc, warmup))
+
+
+def test_graphs_of_managers_are_counted_with_the_drafts() -> None:
+    runner = SimpleNamespace(cudagraph_manager=ModelManager({"piecewise": [8, 4], "full": [4]}))
+    draft, beats, before = DraftManager({"full": [2]}), Beats(), Manager.capture
+    runner.cudagraph_manager.capture("profiling")
+    with warmup_worker.counted_graphs(runner, beats):
+        runner.cudagraph_manager.capture("model")
+        draft.capture()
+    assert beats.found[:4] == [("capturing graphs", done, 3, "graphs") for done in range(4)]
+    assert beats.found[4:6] == [("capturing graphs", done, 4, "graphs") for done in (3, 4)]
+    assert runner.cudagraph_manager.created[6:8] == [("model", 8, True), ("model", 8, False)]
+    assert draft.created == [("draft", 2, True), ("draft", 2, False)]
+    assert Manager.capture is before
+
+
+class OldRunner:
+    """vLLM's first GPUModelRunner, as far as we rely on it."""
+
+    cudagraph_dispatcher = SimpleNamespace(get_capture_descs=lambda: [("piecewise", [8, 4]), ("full", [4])])
+
+    def __init__(self) -> None:
+        self.captured: list[int] = []
+
+    def _warmup_and_capture(self, desc: int, cudagraph_runtime_mode: str) -> None:
+        self.captured.append(desc)
+
+    def capture_model(self) -> None:
+        for mode, descs in self.cudagraph_dispatcher.get_capture_descs():
+            for desc in descs:
+                self._warmup_and_capture(desc, cudagraph_runtime_mode=mode)
+
+
+def test_graphs_of_the_old_runner_are_counted() -> None:
+    runner, beats = OldRunner(), Beats()
+    with warmup_worker.counted_graphs(runner, beats):
+        runner.capture_model()
+    assert beats.found == [("capturing graphs", done, 3, "graphs") for done in range(4)]
+    assert runner.captured == [8, 4, 4]
+    assert "_warmup_and_capture" not in vars(runner)
+
+
+def test_without_graphs_there_is_no_such_phase() -> None:
+    beats = Beats()
+    for runner in (OldRunner(), SimpleNamespace(), SimpleNamespace(cudagraph_manager=ModelManager({}))):
+        with warmup_worker.counted_graphs(runner, beats):
+            pass
+    assert beats.found == []
+
+
+class Worker:
+    """vLLM's worker, as far as we rely on it."""
+
+    def __init__(self) -> None:
+        self.model_runner = OldRunner()
+
+    def compile_or_warm_up_model(self) -> str:
+        self.model_runner.capture_model()
+        return "times"
+
+
+def test_a_worker_is_followed_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup_worker, "_followed", set())
+    monkeypatch.setattr(warmup_worker, "_status", Status(""))
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", Worker.compile_or_warm_up_model)  # undone at the end
+    config = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=f"{__name__}.Worker"))
+    main, draft = Beats(), Beats()
+    warmup_worker.follow(config, main)
+    warmup_worker.follow(config, draft)
+    assert Worker().compile_or_warm_up_model() == "times"
+    assert main.found == [], "the draft model was loaded last, and its heartbeat goes on"
+    assert draft.found[0] == ("warming vLLM up",)
+    assert [state[0] for state in draft.found[1:-1]] == ["capturing graphs"] * 4, "followed once"
+    assert draft.found[-1] == ("ready", 1, 1, "model")
+    config.parallel_config.worker_cls = f"{__name__}.NoWorker"
+    with pytest.raises(AttributeError, match="NoWorker"):
+        warmup_worker.follow(config, main)
+
+
+# --- what is compiled while serving
+
+
+@pytest.fixture
+def monitor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """vLLM's JIT monitor, as far as we rely on it."""
+    module: Any = ModuleType("vllm.utils.jit_monitor")
+    module.seen = []
+    module.is_active = lambda: True
+    module._handle_jit_event = lambda **event: module.seen.append(event)
+    monkeypatch.setitem(sys.modules, "vllm.utils.jit_monitor", module)
+    monkeypatch.setenv(metrics.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(warmup_worker, "_compiled", type(warmup_worker._compiled)())
+    return module
+
+
+def shown(folder: Path) -> list[str]:
+    registry = CollectorRegistry()
+    registry.register(warmup_worker.CompilationCollector(folder))
+    return [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+
+
+def test_late_compilations_are_counted_by_kernel(monitor: Any, tmp_path: Path) -> None:
+    warmup_worker.count_compilations(2)
+    assert shown(tmp_path) == ['nvfp4_jit_monitor_active{rank="2"} 1.0']
+    warmup_worker.count_compilations(2)
+    for _ in range(2):
+        monitor._handle_jit_event(backend="Triton", event="kernel JIT compilation", fn_name="_late", detail=None)
+    assert shown(tmp_path)[1:] == ['nvfp4_jit_compilations_total{backend="Triton",kernel="_late",rank="2"} 2.0']
+    assert [event["fn_name"] for event in monitor.seen] == ["_late", "_late"], "and vLLM still hears of them"
+    assert monitor.seen[0]["event"] == "kernel JIT compilation"
+
+
+def test_in_error_mode_a_compilation_is_counted_too(monitor: Any, tmp_path: Path) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("refused")
+
+    monitor._handle_jit_event = refuse
+    warmup_worker.count_compilations(0)
+    with pytest.raises(RuntimeError, match="refused"):
+        monitor._handle_jit_event(backend="TileLang", event="x", fn_name="mhc")
+    assert json.loads((tmp_path / "0.jit").read_text()) == {"active": True, "compiled": [["TileLang", "mhc", 1]]}
+
+
+def test_a_monitor_that_is_off_is_shown_as_off(monitor: Any, tmp_path: Path) -> None:
+    monitor.is_active = lambda: False
+    handle = monitor._handle_jit_event
+    warmup_worker.count_compilations(0)
+    assert shown(tmp_path) == ['nvfp4_jit_monitor_active{rank="0"} 0.0']
+    assert monitor._handle_jit_event is handle
+
+
 # --- kernel sets
 
 
@@ -95,8 +327,7 @@ def test_a_set_is_used_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     used: list[Path] = []
     monkeypatch.setattr(compile, "use", lambda folder: used.append(folder) or 3)
     monkeypatch.setenv("NVFP4_AOT_DIR", str(tmp_path))
-    kernel_sets.use()
-    kernel_sets.use()
+    assert (kernel_sets.use(), kernel_sets.use()) == (3, 3)
     assert used == [tmp_path]
     assert selection.num_fallbacks() == 0
 
@@ -104,7 +335,7 @@ def test_a_set_is_used_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.mark.usefixtures("records")
 def test_no_set_is_no_fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernel_sets, "PACKAGED", tmp_path / "prebuilt")
-    kernel_sets.use()
+    assert kernel_sets.use() == 0
     assert selection.choices() == []
 
 
@@ -114,7 +345,7 @@ def test_a_stale_set_is_counted_or_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("NVFP4_AOT_DIR", str(tmp_path))
     with pytest.raises(aot.StaleSetError) as stale:
         compile.use(tmp_path)
-    kernel_sets.use()
+    assert kernel_sets.use() == 0
     (choice,) = selection.choices()
     assert (choice.kind, choice.served_by, choice.fallback) == ("kernel_set", "compiler", True)
     assert choice.reason == str(stale.value)

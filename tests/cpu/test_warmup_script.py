@@ -1,0 +1,263 @@
+"""scripts/warmup.py reaches every boundary, and says what was compiled behind it: by a fake server, and the real one."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import warmup as script
+from serving import free_port, serve
+from vllm_nvfp4.status import read_all
+
+WAYS = list(script.SAMPLING)
+SMALL = ("--users", "3", "--requests", "12", "--chunk", "64", "--block", "32", "--window", "16", "--top-k", "8")
+MAX_LEN = 160
+
+
+class Served:
+    """How the fake server behaves."""
+
+    compiles_at = 10**9  # the number of the request that compiles
+    fails_at = 10**9
+    monitor, has_metrics = 1, True
+    bodies: list[dict[str, Any]]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, str]]:
+    state, lock = Served(), threading.Lock()
+    state.bodies = []
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def answer(self, code: int, text: str = "") -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_GET(self) -> None:
+            if self.path == "/v1/models":
+                self.answer(200, json.dumps({"data": [{"id": "m", "max_model_len": MAX_LEN}]}))
+            elif not state.has_metrics:
+                self.answer(200, "vllm:requests 1.0\n")
+            else:
+                lines = ["# HELP x", 'nvfp4_modules{fallback="0",kind="moe",rank="0",served_by="sm100"} 3.0']
+                lines += ['nvfp4_kernel_cache_compilations_total{rank="0"} 7.0']
+                lines += [f'nvfp4_jit_monitor_active{{rank="0"}} {state.monitor}.0']
+                if len(state.bodies) >= state.compiles_at:
+                    lines += ['nvfp4_jit_compilations_total{backend="Triton",kernel="_late_kernel",rank="0"} 2.0']
+                self.answer(200, "\n".join(lines))
+
+        def do_POST(self) -> None:
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                state.bodies.append(json.loads(raw))
+                number = len(state.bodies)
+            self.answer(500 if number >= state.fails_at else 200, "why")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield state, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, Any]]:
+    code = script.main([*SMALL, *flags])
+    return code, json.loads(capsys.readouterr().out)
+
+
+# ---- what is asked for
+
+
+def test_every_boundary_is_met_from_both_sides() -> None:
+    found = script.lengths(script.Limits(100_000))
+    assert found == sorted(set(found))
+    assert {1, 127, 128, 129, 255, 256, 257, 4099, 4100, 4101, 8191, 8192, 8193, 16385, 99_996} <= set(found)
+    assert max(found) == 99_996, "with its answer it fills the model's length"
+    assert script.lengths(script.Limits(100))[-1] == 96, "what does not fit is left out"
+
+
+def test_each_number_of_users_up_to_the_most() -> None:
+    assert script.users(script.Limits(100, users=1)) == [1]
+    assert script.users(script.Limits(100, users=6)) == [1, 2, 3, 4, 5, 6]
+    assert script.users(script.Limits(100, users=64)) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64]
+
+
+def test_the_sweep_has_all_and_is_the_same_each_time() -> None:
+    limits = script.Limits(MAX_LEN, chunk=64, users=3)
+    groups = script.sweep(limits, 500, WAYS)
+    assert groups == script.sweep(limits, 500, WAYS)
+    lengths = [len(request["prompt"]) for group in groups for request in group if len(group) == 1]
+    assert all(lengths.count(length) >= 2 for length in script.lengths(limits)), "the second time from the prefix cache"
+    assert {len(group) for group in groups} == {1, 2, 3}
+    asked = [json.dumps({k: v for k, v in r.items() if k != "prompt"}, sort_keys=True) for g in groups for r in g]
+    assert len(set(asked)) == len(script.SAMPLING)
+    assert all(0 < token < 500 for group in groups for request in group for token in request["prompt"])
+
+
+def test_the_proof_has_its_number_of_requests_and_other_prompts() -> None:
+    limits = script.Limits(5000, users=16)
+    groups = script.proof(limits, 500, WAYS, 200, 1)
+    assert groups == script.proof(limits, 500, WAYS, 200, 1) != script.proof(limits, 500, WAYS, 200, 2)
+    assert sum(map(len, groups)) == 200
+    assert max(map(len, groups)) <= 16
+    lengths = sorted(len(request["prompt"]) for group in groups for request in group)
+    assert 1 <= lengths[0] < 4
+    assert 2000 < lengths[-1] <= 4996
+    for request in (request for group in groups for request in group):
+        assert request.get("min_tokens", 0) <= request["max_tokens"], "or it is refused"
+    swept = {tuple(r["prompt"]) for g in script.sweep(limits, 500, WAYS) for r in g if len(r["prompt"]) > 20}
+    assert not swept & {tuple(r["prompt"]) for g in groups for r in g}
+
+
+@pytest.mark.parametrize("limits", [script.Limits(4), script.Limits(100, users=0), script.Limits(100, chunk=-1)])
+def test_limits_that_make_no_sense_are_refused(limits: script.Limits) -> None:
+    with pytest.raises(ValueError, match="expected positive numbers and max_len above 4"):
+        limits.validate()
+
+
+# ---- what is said
+
+
+def test_a_warm_server_passes(served: tuple[Served, str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, row = run(capsys, served[1])
+    assert (code, row["compiled_in_sweep"], row["compiled_in_proof"], row["failed"]) == (0, [], [], [])
+    assert row["jit_monitor"] is True
+    assert len(served[0].bodies) == row["sweep_requests"] + 12
+
+
+def test_what_the_sweep_compiles_is_no_failure(served: tuple[Served, str], capsys: pytest.CaptureFixture[str]) -> None:
+    served[0].compiles_at = 5
+    code, row = run(capsys, served[1])
+    assert (code, row["compiled_in_proof"]) == (0, [])
+    assert row["compiled_in_sweep"] == [
+        'nvfp4_jit_compilations_total{backend="Triton",kernel="_late_kernel",rank="0"}: 2'
+    ]
+
+
+def test_a_late_compilation_fails_by_name(served: tuple[Served, str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, row = run(capsys, served[1])
+    served[0].compiles_at = 2 * row["sweep_requests"] + 12 + 1
+    code, row = run(capsys, served[1])
+    assert code == 1
+    assert row["compiled_in_sweep"] == []
+    assert row["compiled_in_proof"] == [
+        'nvfp4_jit_compilations_total{backend="Triton",kernel="_late_kernel",rank="0"}: 2'
+    ]
+
+
+def test_our_own_compilations_count(served: tuple[Served, str]) -> None:
+    before = script.samples(served[1])
+    name = 'nvfp4_kernel_cache_compilations_total{rank="0"}'
+    assert script.compiled(before, {**before, name: 9.0, "nvfp4_kernel_cache_hits_total": 1e6}) == [f"{name}: 2"]
+
+
+def test_a_new_file_in_a_cache_is_a_compilation(
+    served: tuple[Served, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernel.old").mkdir()
+    (tmp_path / "kernel.old" / "kernel.cubin").touch()
+    code, row = run(capsys, served[1], "--cache", str(tmp_path))
+    assert (code, row["compiled_in_proof"]) == (0, [])
+    send = script.send
+
+    def compiling(url: str, groups: list[list[dict[str, Any]]]) -> list[str]:
+        late = tmp_path / f"kernel.late{len(list(tmp_path.iterdir()))}"
+        late.mkdir()
+        (late / "kernel.cubin").touch()
+        return send(url, groups)
+
+    monkeypatch.setattr(script, "send", compiling)
+    code, row = run(capsys, served[1], "--cache", str(tmp_path))
+    assert (code, row["compiled_in_sweep"]) == (1, [f"{tmp_path}/kernel.late1/kernel.cubin: 1"])
+    assert row["compiled_in_proof"] == [f"{tmp_path}/kernel.late2/kernel.cubin: 1"]
+    assert script.main([served[1], *SMALL, "--cache", str(tmp_path / "absent")]) == 1
+    assert "absent is no folder" in capsys.readouterr().err
+
+
+def test_a_failed_request_fails(served: tuple[Served, str], capsys: pytest.CaptureFixture[str]) -> None:
+    served[0].fails_at = 30
+    code, row = run(capsys, served[1])
+    assert code == 1
+    assert row["num_failed"] > 0
+    assert row["failed"][0].startswith("HTTP 500: why: a prompt of ")
+    assert len(served[0].bodies) < row["sweep_requests"] + 12, "the proof is not begun"
+
+
+def test_a_monitor_that_is_off_is_said(served: tuple[Served, str], capsys: pytest.CaptureFixture[str]) -> None:
+    served[0].monitor = 0
+    assert run(capsys, served[1])[1]["jit_monitor"] is False
+
+
+def test_without_counts_nothing_is_proven(served: tuple[Served, str], capsys: pytest.CaptureFixture[str]) -> None:
+    served[0].has_metrics = False
+    assert script.main([served[1], *SMALL]) == 1
+    assert "/metrics has no nvfp4_modules: not a server of `nvfp4 serve`" in capsys.readouterr().err
+    assert served[0].bodies == []
+
+
+def test_no_server_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main([f"http://127.0.0.1:{free_port()}", *SMALL]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_local_means_this_containers_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVFP4_PORT", "8123")
+    monkeypatch.delenv("NVFP4_SIDE_PORT", raising=False)
+    options = script.parse(["--local"])
+    assert (options.url, options.metrics) == ("http://127.0.0.1:8123", "http://127.0.0.1:8123")
+    monkeypatch.setenv("NVFP4_SIDE_PORT", "9400")
+    assert script.parse(["--local"]).metrics == "http://127.0.0.1:9400"
+    for wrong in ([], ["http://x", "--local"]):
+        with pytest.raises(SystemExit):
+            script.parse(wrong)
+
+
+# ---- the real server
+
+
+@pytest.mark.engine
+def test_the_cpu_server_is_swept_and_proven(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from make_tiny_checkpoint import TinySpec, make_tiny_checkpoint
+
+    tiny = tmp_path / "tiny"
+    make_tiny_checkpoint(tiny, TinySpec())
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    port, beat = free_port(), tmp_path / "run" / "beat"
+    env = {"NVFP4_SIDE_PORT": str(port), "NVFP4_STATUS_FILE": str(beat)}
+    with serve(tmp_path, tiny, "--max-num-seqs", "3", env=env) as server:
+        (rank,) = [state for state in read_all(str(beat)) if state.rank == 0]
+        assert (rank.phase, rank.done, rank.total) == ("ready", 1, 1)
+        started = [
+            line.split("NVFP4 start: ")[1] for line in server.log.read_text().splitlines() if "NVFP4 start" in line
+        ]
+        assert [line.split(" after ")[0] for line in started] == [
+            "loading", "preparing", "loaded", "warming vLLM up", "ready"
+        ]  # fmt: skip
+        flags = (
+            "--users",
+            "2",
+            "--requests",
+            "5",
+            server.url,
+            "--metrics",
+            f"http://127.0.0.1:{port}",
+            "--max-len",
+            "12",
+            "--vocabulary",
+            "60",
+        )
+        code, row = run(capsys, *flags)
+    assert row["failed"] == []
+    assert (code, row["compiled_in_proof"], row["jit_monitor"]) == (0, [], False)
+    assert row["sweep_requests"] >= 30
