@@ -47,7 +47,7 @@ def check(model: torch.nn.Module, quant_config: Any) -> None:
     fallbacks, kinds = selection.num_fallbacks(), platform.backend() or "stock kernels"
     mode = f" with {platform.activations()} activations" if platform.backend() else ""
     logger.info(
-        "NVFP4 served: %d modules, by %s%s; %d by stock fallbacks", len(selection.choices()), kinds, mode, fallbacks
+        "NVFP4 served: %d modules, by %s%s; %d by vLLM's own kernels", len(selection.choices()), kinds, mode, fallbacks
     )
 
 
