@@ -55,8 +55,9 @@ from cutlass.utils import hopper_helpers
 
 from cutedsl import compile as compiler
 from cutedsl.formats import NVFP4
-from cutedsl.kernels import hopper, round_block
+from cutedsl.kernels import blackwell, hopper, round_block
 from cutedsl.kernels.hopper import ARCHS, SWIZZLE_BYTES, TMA_BYTES, WARP, WARPGROUP
+from cutedsl.kernels.token_tiles import MAX_EXPERTS, count_tiles
 from cutedsl.ops import registry
 
 # What follows the sums.
@@ -71,7 +72,6 @@ BLOCK_SF_BYTES = BLOCK_ROWS * BLOCK_K // NVFP4.block_size
 TILE_K = BLOCK_K
 MMA_K = 16
 LOAD_K = 64
-MAX_EXPERTS = 512
 MAX_TILE_N = 256
 # Columns of sums of a warpgroup: 160 registers a thread.
 MAX_SUMS = 320
@@ -512,7 +512,7 @@ class GroupedGemmSm90:
                     cute.arch.mbarrier_init(smem.full + stage, 1)
                     cute.arch.mbarrier_init(smem.empty + stage, config.load_warp * config.cluster_w)
         if warp == config.load_warp:
-            hopper.count_tiles(out.mCount, smem.sTile, config.tile_n)
+            count_tiles(out.mCount, smem.sTile, config.tile_n)
         # Behind this barrier all mbarriers are initialised, and the tiles are in shared memory.
         cute.arch.mbarrier_init_fence()
         self._sync()
@@ -809,7 +809,7 @@ class GroupedGemmSm90:
                     sOut[column, token] = low.to(cutlass.BFloat16)
                     sOut[column + 8, token] = high.to(cutlass.BFloat16)
                 else:
-                    sOut[column, token] = hopper.swiglu(low, high, out.limit)
+                    sOut[column, token] = blackwell.swiglu(low, high, out.limit)
 
     @cute.jit
     def _take(self, sOut: cute.Tensor, place: _Place, b: int, unit: int, thread: Any, out: _Out) -> None:
@@ -1038,7 +1038,7 @@ def grouped_gemm(
             (SwiGLU: 32) or of blocks, E not in 1 .. 512, or a number is out of range.
 
     Numerics: products exact, sums FP32 in the tensor core, alpha in FP32, then one rounding to nearest even to BF16, or
-    SwiGLU as `hopper.swiglu` and one rounding to BF16 or to codes and scales as `round_block`. With even shares the order
+    SwiGLU as `blackwell.swiglu` and one rounding to BF16 or to codes and scales as `round_block`. With even shares the order
     of sums depends on how many tokens all experts have, not on anything that varies from run to run.
     Graph-safe: yes, after one call with the same configuration; the launch is on torch's current stream, nothing is
     allocated and nothing read back.

@@ -52,6 +52,7 @@ from cutedsl import compile as compiler
 from cutedsl.formats import NVFP4
 from cutedsl.kernels import blackwell, quantize_block
 from cutedsl.kernels.blackwell import ARCHS, MMA_K, SF_TILE_K, SWIZZLE_BYTES, TMA_BYTES, WARP, Arch
+from cutedsl.kernels.token_tiles import MAX_EXPERTS, count_tiles
 from cutedsl.layout import TILE_BYTES, TILE_COLUMNS, TILE_ROWS, padded_shape
 from cutedsl.ops import registry
 
@@ -64,7 +65,6 @@ TILE_W = 128
 TILE_K = 256
 # Tokens of a tile. Source: PTX ISA, tcgen05.mma, "Matrix shape": cta_group::1 with M 128 takes N = 8, 16, ... 256.
 TILES_N = (8, 16, 32, 64)
-MAX_EXPERTS = 512
 
 # Gate rows, then as many up rows.
 INTERLEAVE = NVFP4.block_size
@@ -347,7 +347,7 @@ class GroupedGemmSwapSm100:
             cute.arch.alloc_tmem(self.config.tmem_columns, smem.tmem_address)
             cute.arch.relinquish_tmem_alloc_permit()
         if warp == MMA_WARP:
-            self._count_tiles(out.mCount, smem.sTile)
+            count_tiles(out.mCount, smem.sTile, self.config.tile_n)
         # Behind this barrier all mbarriers are initialised; the TMEM address and the tiles are in shared memory.
         cute.arch.mbarrier_init_fence()
         blackwell.before_thread_sync()
@@ -366,33 +366,6 @@ class GroupedGemmSwapSm100:
             if warp == 0:
                 blackwell.after_thread_sync()
                 cute.arch.dealloc_tmem(tmem, self.config.tmem_columns)
-
-    @cute.jit
-    def _count_tiles(self, mCount: cute.Tensor, sTile: cute.Tensor) -> None:
-        """One warp: sums token tiles over the experts; a lane has MAX_EXPERTS / 32 neighbours, loaded at once."""
-        experts_per_lane, num_experts = MAX_EXPERTS // WARP, cute.size(mCount)
-        lane = cute.arch.lane_idx()
-        rTiles = cute.make_rmem_tensor(experts_per_lane, cutlass.Int32)
-        total = cutlass.Int32(0)
-        for i in cutlass.range_constexpr(experts_per_lane):
-            expert = lane * experts_per_lane + i
-            # All lanes load, so that no load waits for another.
-            token_tiles = cute.ceil_div(mCount[cutlass.min(expert, num_experts - 1)], self.config.tile_n)
-            rTiles[i] = cutlass.select_(expert < num_experts, token_tiles, cutlass.Int32(0))
-        for i in cutlass.range_constexpr(experts_per_lane):
-            total += rTiles[i]
-        # Sum over this lane and those below it.
-        through = total
-        for distance in (1, 2, 4, 8, 16):
-            lower = cute.arch.shuffle_sync_up(through, distance)
-            if lane >= distance:
-                through += lower
-        before = through - total
-        for i in cutlass.range_constexpr(experts_per_lane):
-            sTile[lane * experts_per_lane + i] = before
-            before += rTiles[i]
-        if lane == WARP - 1:
-            sTile[MAX_EXPERTS] = before
 
     @cute.jit
     def _find(self, tiles: _Tiles, tile: Any) -> _Tile:

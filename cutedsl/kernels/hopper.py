@@ -1,4 +1,4 @@
-"""What kernels for Hopper share: the machine's limits, the list of tiles, and steps of decoding NVFP4.
+"""What kernels for Hopper share: the machine's limits, and steps of decoding NVFP4.
 
 The hard part is that decoding a weight must take about two instructions: see `grouped_gemm_sm90` for the layouts that
 allow it.
@@ -17,8 +17,6 @@ TMA_BYTES = 16
 SWIZZLE_BYTES = 1024
 WARP = 32
 WARPGROUP = 128
-MAX_EXPERTS = 512
-LOG2_E = 1.4426950408889634
 # A stored scale in its place of a BF16 number, and the exponent's leading ones.
 _SCALE_MASK, _SCALE_BITS = 0x0FF00FF0, 0x70007000
 
@@ -110,53 +108,3 @@ def load_relaxed(pointer: cute.Pointer) -> Any:
         write_only_types=[cutlass.Int32] * 4,
         read_only_args=[cutlass.Int64(pointer.toint())],
     )
-
-
-@cute.jit
-def count_tiles(mCount: cute.Tensor, sTile: cute.Tensor, tile_n: cutlass.Constexpr[int]) -> None:
-    """One warp: sTile[e] = token tiles of all experts before e; a lane has MAX_EXPERTS / 32 neighbours.
-
-    Args:
-        mCount: (E,) int32, E at most MAX_EXPERTS.
-        sTile: (MAX_EXPERTS + 1,) int32 in shared memory.
-        tile_n: tokens of a tile.
-    """
-    experts_per_lane, num_experts = MAX_EXPERTS // WARP, cute.size(mCount)
-    lane = cute.arch.lane_idx()
-    rTiles = cute.make_rmem_tensor(experts_per_lane, cutlass.Int32)
-    total = cutlass.Int32(0)
-    for i in cutlass.range_constexpr(experts_per_lane):
-        expert = lane * experts_per_lane + i
-        # All lanes load, so that no load waits for another.
-        token_tiles = cute.ceil_div(mCount[cutlass.min(expert, num_experts - 1)], tile_n)
-        rTiles[i] = cutlass.select_(expert < num_experts, token_tiles, cutlass.Int32(0))
-    for i in cutlass.range_constexpr(experts_per_lane):
-        total += rTiles[i]
-    # Sum over this lane and those below it.
-    through = total
-    for distance in (1, 2, 4, 8, 16):
-        lower = cute.arch.shuffle_sync_up(through, distance)
-        if lane >= distance:
-            through += lower
-    before = through - total
-    for i in cutlass.range_constexpr(experts_per_lane):
-        sTile[lane * experts_per_lane + i] = before
-        before += rTiles[i]
-    if lane == WARP - 1:
-        sTile[MAX_EXPERTS] = before
-
-
-@cute.jit
-def swiglu(gate: cutlass.Float32, up: cutlass.Float32, limit: cutlass.Float32) -> cutlass.Float32:
-    """h = silu(min(gate, limit)) * clamp(up, -limit, limit), as cutedsl.reference.swiglu.
-
-    Args:
-        gate, up: FP32.
-        limit: positive; infinity for no clamp.
-
-    Numerics: as `blackwell.swiglu`.
-    """
-    gate = cute.arch.fmin(gate, limit, nan=True)
-    up = cute.arch.fmin(cute.arch.fmax(up, -limit, nan=True), limit, nan=True)
-    sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(gate * -LOG2_E, fastmath=True))
-    return gate * sigmoid * up

@@ -100,7 +100,7 @@ class SharedExpertChain:
     Raises:
         ValueError: gate and up have different input scales to quantize with; another GPU than sm_90; a misaligned weight.
 
-    Numerics: as reference.shared_expert, sums in another order, SiLU as `hopper.swiglu`. Graph-safe: as LinearChain.
+    Numerics: as reference.shared_expert, sums in another order, SiLU as `blackwell.swiglu`. Graph-safe: as LinearChain.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class MoeChain:
             another GPU than sm_90; a misaligned weight.
 
     Numerics: as reference.moe, but each expert's output is rounded to BF16 before it is weighted, sums have another order,
-    SiLU is `hopper.swiglu`; an id outside the experts (or the map) counts as -1. Graph-safe: as LinearChain.
+    SiLU is `blackwell.swiglu`; an id outside the experts (or the map) counts as -1. Graph-safe: as LinearChain.
     """
 
     def __init__(

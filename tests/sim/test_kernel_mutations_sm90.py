@@ -104,7 +104,10 @@ PAIR = [
 QUANTIZED = [
     source("h_scale of another expert", WRONG, "out.mHScale[place.expert]", "out.mHScale[0]"),
     source(
-        "gate and up exchanged", WRONG, "hopper.swiglu(low, high, out.limit)", "hopper.swiglu(high, low, out.limit)"
+        "gate and up exchanged",
+        WRONG,
+        "blackwell.swiglu(low, high, out.limit)",
+        "blackwell.swiglu(high, low, out.limit)",
     ),
 ]
 EVEN = [
