@@ -18,14 +18,21 @@ still the shape:
 The 4 bytes are a little-endian word with 8 codes of columns k = 64 kh + 16 j + 2 t + {0, 1, 8, 9}: even k in its low half,
 odd k in its high half. A half holds, of a code with sign s and magnitude bits m2 m1 m0,
 
-    row 16 w + g,      k, k + 1        s at bit 15, m2 m1 m0 at bits 8 7 6
-    row 16 w + g + 8,  k, k + 1        s at bit 12, m2 m1 m0 at bits 5 4 3
-    row 16 w + g,      k + 8, k + 9    s at bit 14, m2 m1 m0 at bits 11 10 9
-    row 16 w + g + 8,  k + 8, k + 9    s at bit 13, m2 m1 m0 at bits 2 1 0
+    row 16 w + g,      k, k + 1        s at bit 9,  m2 m1 m0 at bits 2 1 0
+    row 16 w + g + 8,  k, k + 1        s at bit 13, m2 m1 m0 at bits 6 5 4
+    row 16 w + g,      k + 8, k + 9    s at bit 3 of the other half, m2 m1 m0 at bits 12 11 10
+    row 16 w + g + 8,  k + 8, k + 9    s at bit 15, m2 m1 m0 at bits 8 7 14
+
+Shifts by 6 and 2 to the left and a rotation by 4 to the right bring the first three to bits 15 and 8 7 6 of each half, where
+the fourth is but for m0, which is 8 bits off. No places need less: a bit comes from four, so that there are at least three
+shifts, and with three every code would be all there after one of them, for which no places exist.
 
 Layout of block scales, 512 bytes for the same block:
 
-    row 16 w + g + 8 h, scale i of the 8 along k        at byte (8 w + g) * 16 + 8 h + i
+    row 16 w + g + 8 h, scales 4 i .. 4 i + 3 of the 8 along k        at byte (8 w + g) * 16 + 8 h + 4 i
+
+The 4 bytes are a little-endian word, rotated by 4 bits to the left: scales 0 and 2 are where a BF16 number has them, and
+scales 1 and 3 after a rotation by 8 to the right.
 
 A scale 2^e * 1.mmm becomes (e + 21) << 3 | mmm, subnormals normalized (e = -9 .. 8); 0 becomes 0, and its 16 codes too.
 
@@ -50,8 +57,11 @@ _WORD_BYTES = 4
 _BLOCK_BYTES_K = BLOCK_K // NVFP4.codes_per_byte
 _BLOCK_SCALES_K = BLOCK_K // NVFP4.block_size
 _NAN_BYTE = 0x7F
-# Bits of sign and magnitude of a code in its half of a word, by place; a magnitude's bits from the lowest.
-_PLACES = ((15, (6, 7, 8)), (12, (3, 4, 5)), (14, (9, 10, 11)), (13, (0, 1, 2)))
+# Bits of sign and magnitude of a code from the beginning of its half of a word on, by place; a magnitude's bits from the
+# lowest. Bits from 16 on are the other half's.
+_PLACES = ((9, (0, 1, 2)), (13, (4, 5, 6)), (19, (10, 11, 12)), (15, (14, 7, 8)))
+# Bits that a word of four scales is rotated by.
+_SCALE_ROTATION = 4
 # Views of a block: rows are (w, h, g), bytes of codes along k are (kh, j, hi, t), scales along k are i.
 _WARPS, _HALVES, _GROUPS = 4, 2, 8
 _K_HALVES, _STEPS, _THREADS = 2, 4, 4
@@ -168,7 +178,8 @@ def restore_experts(
     codes = parts.unflatten(-1, (2, _HALVES)).permute(0, 3, 8, 4, 1, 2, 6, 7, 5)
     weight = codes.reshape(stack, padded_rows, -1)[:, :num_rows, : k // NVFP4.codes_per_byte].contiguous()
     places = (-1, padded_k // BLOCK_K, _WARPS, _GROUPS, _HALVES, _BLOCK_SCALES_K)
-    scales = operand.weight_scale.view(places).permute(0, 2, 4, 3, 1, 5).reshape(stack, padded_rows, -1)
+    scales = _rotated(operand.weight_scale.view(-1), -_SCALE_ROTATION)
+    scales = scales.view(places).permute(0, 2, 4, 3, 1, 5).reshape(stack, padded_rows, -1)
     decoded = _scale_tables(scales.device)[1].index_select(0, scales.flatten().int()).view(scales.shape)
     weight_scale = decoded[:, :num_rows, : k // NVFP4.block_size].contiguous().view(NVFP4.scale_dtype)
     if gate_up:
@@ -216,7 +227,16 @@ def _permute(codes: torch.Tensor, scales: torch.Tensor) -> None:
         words |= table.index_select(0, part.int().flatten())
     codes.view(-1).view(torch.int32).copy_(words)
     blocks = scales.view(-1, _WARPS, _HALVES, _GROUPS, num_k, _BLOCK_SCALES_K).permute(0, 4, 1, 3, 2, 5)
-    scales.view(-1).copy_(_scale_tables(scales.device)[0].index_select(0, blocks.int().flatten()))
+    prepared = _scale_tables(scales.device)[0].index_select(0, blocks.int().flatten())
+    scales.view(-1).copy_(_rotated(prepared, _SCALE_ROTATION))
+
+
+def _rotated(scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Bytes whose words of 4 are rotated by so many bits to the left."""
+    words = scales.view(torch.int32)
+    bits %= 32
+    # The shift to the right brings copies of the sign.
+    return (words << bits | words >> (32 - bits) & (1 << bits) - 1).view(torch.uint8)
 
 
 def _padded(matrices: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -242,7 +262,7 @@ def _code_pairs(words: torch.Tensor, place: int) -> torch.Tensor:
     out = torch.zeros_like(words, dtype=torch.uint8)
     for half in range(2):
         for target, source in enumerate((*magnitude, sign)):
-            out |= ((words >> (16 * half + source) & 1) << (4 * half + target)).to(torch.uint8)
+            out |= ((words >> (16 * half + source) % 32 & 1) << (4 * half + target)).to(torch.uint8)
     return out
 
 
@@ -254,7 +274,7 @@ def _code_tables(device: torch.device) -> torch.Tensor:
     for place, (sign, magnitude) in enumerate(_PLACES):
         for half in range(2):
             for source, target in enumerate((*magnitude, sign)):
-                out[place] |= (byte >> (4 * half + source) & 1) << (16 * half + target)
+                out[place] |= (byte >> (4 * half + source) & 1) << (16 * half + target) % 32
     # As the same bits; the highest is the sign of an int32.
     return torch.where(out >= 1 << 31, out - (1 << 32), out).to(torch.int32).to(device)
 

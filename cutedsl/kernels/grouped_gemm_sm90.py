@@ -13,13 +13,13 @@ Layout. `cutedsl.prepare_sm90` puts the codes of 64 rows by 128 columns into 409
 share for 64 columns is 16 neighbouring bytes: one load, no bank conflicts, and from DRAM whole blocks by bulk copies,
 without tensor maps. A word has the 8 codes that a thread holds of 64 x 16: for the pairs of neighbouring columns
 p = 0 .. 3 (row g, row g + 8, and both again 8 columns on) two codes each, the left one in the low half. Shifts and masks
-bring sign and magnitude to bits 15 and 8:6 of each half; the places in the word are such that few are needed, and most go
-to the left, as those are multiplications, for which there is room: logic is what limits decoding. That is a BF16 number:
-the code times 2^-126, subnormal where the code is.
+bring sign and magnitude to bits 15 and 8:6 of each half; the places in the word are such that as few as can be are needed.
+That is a BF16 number: the code times 2^-126, subnormal where the code is. When decoding, the slots in which a warp may issue
+an instruction are what there is least of.
 
 Scales. A block scale s is stored as its 8 upper bits of BF16 without the exponent's three leading ones, that is as
-s * 2^118: a shift and a mask make the BF16 numbers of two, and the multiplication takes either for both of its halves. The
-product, code * s * 2^-8, is normal or 0, and exact. The factor 2^8 that is left goes into alpha.
+s * 2^118: a mask, or a rotation and a mask, make the BF16 numbers of two, and the multiplication takes either for both of
+its halves. The product, code * s * 2^-8, is normal or 0, and exact. The factor 2^8 that is left goes into alpha.
 
 Tiles are numbered, found and walked as in `grouped_gemm_swap_sm100`, by persistent CTAs: one warp loads, two warpgroups
 decode, multiply and store. While one decodes, the other one's products keep the tensor cores busy.
@@ -108,9 +108,10 @@ N_MULTIPLE = {BF16: BF16_UNIT, SWIGLU: 2 * H_UNIT, SWIGLU_NVFP4: 2 * H_UNIT}
 
 # What is left of a decoded weight's scale: see the module's text.
 DECODED_SCALE = 256.0
+# Sign and magnitude of two codes where BF16 numbers have them; all but their lowest bits, and these.
 _CODE_MASK = 0x81C081C0 - (1 << 32)
-_SIGN_MASK = 0x80008000 - (1 << 32)
-_MAGNITUDE_MASK = 0x01C001C0
+_UPPER_MASK = 0x81808180 - (1 << 32)
+_LOWEST_MASK = 0x00400040
 
 
 MAX_CONSUMERS = max(CONSUMER_REGISTERS)
@@ -597,6 +598,7 @@ class GroupedGemmSm90:
         tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2 if config.overlap else 1)]
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         in_flight = 1 if config.overlap else 0
+        scale_bits = hopper.in_register(hopper.SCALE_BITS)
         index, phase = cutlass.Int32(0), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             place = self._place(self._find(tiles, tile), group, thread, out)
@@ -605,9 +607,10 @@ class GroupedGemmSm90:
             first_k, end_k = self._steps(tiles, tile)
             for _ in cutlass.range(first_k, end_k, unroll=1):
                 cute.arch.mbarrier_wait(smem.full + index, phase)
+                rW, rSF = self._fetch(smem, index, group, thread)
                 for half in cutlass.range_constexpr(TILE_K // LOAD_K):
                     tCrA_half = tCrA[half % len(tCrA)]
-                    self._decode(smem, index, half, group, thread, tCrA_half)
+                    self._decode(rW, rSF, scale_bits, half, tCrA_half)
                     warpgroup.fence()
                     k_blocks = LOAD_K // MMA_K
                     for i in cutlass.range_constexpr(k_blocks):
@@ -738,36 +741,41 @@ class GroupedGemmSm90:
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
 
     @cute.jit
-    def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
+    def _fetch(self, smem: _Smem, index: Any, group: Any, thread: Any) -> tuple[cute.Tensor, cute.Tensor]:
+        """Loads a thread's share of a stage: words of codes (4, half, block), and of scales (half, row g or g + 8, block)."""
+        config = self.config
+        halves = TILE_K // LOAD_K
+        rW = cute.make_rmem_tensor((4, halves, config.blocks_of_warpgroup), cutlass.Int32)
+        rSF = cute.make_rmem_tensor((halves, 2, config.blocks_of_warpgroup), cutlass.Int32)
+        for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+            block = group * config.blocks_of_warpgroup + b
+            # (4 words, thread, half)
+            sW = cute.make_tensor(smem.sW[None, block, index].iterator, cute.make_layout((4, WARPGROUP, halves)))
+            # (half, row g or g + 8, g of all warps)
+            sSF = cute.make_tensor(
+                smem.sSFW[None, block, index].iterator, cute.make_layout((halves, 2, WARPGROUP // 4))
+            )
+            for half in cutlass.range_constexpr(halves):
+                cute.autovec_copy(sW[None, thread, half], rW[None, half, b])
+            cute.autovec_copy(sSF[None, None, thread // 4], rSF[None, None, b])
+        return rW, rSF
+
+    @cute.jit
+    def _decode(self, rW: cute.Tensor, rSF: cute.Tensor, scale_bits: Any, half: int, tCrA: cute.Tensor) -> None:
         """Writes a warpgroup's weights of 64 columns of a stage, times their block scales, to the fragment."""
         config = self.config
         # ((1, 2, 2), blocks, k blocks): pairs of neighbouring columns
         rA = cute.recast_tensor(tCrA, cutlass.Int32)
-        steps = LOAD_K // MMA_K
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-            block = group * config.blocks_of_warpgroup + b
-            rW = cute.make_rmem_tensor(4, cutlass.Int32)
-            # (4 words, thread, half)
-            sW = cute.make_tensor(
-                smem.sW[None, block, index].iterator, cute.make_layout((4, WARPGROUP, TILE_K // LOAD_K))
-            )
-            cute.autovec_copy(sW[None, thread, half], rW)
-            # (4 scales along k, half, row g or g + 8, g of all warps)
-            rSF = cute.make_rmem_tensor((1, 2), cutlass.Int32)
-            sSF = cute.make_tensor(
-                smem.sSFW[None, block, index].iterator, cute.make_layout((1, TILE_K // LOAD_K, 2, WARPGROUP // 4))
-            )
-            for h in cutlass.range_constexpr(2):
-                rSF[0, h] = sSF[0, half, h, thread // 4]
             # Of rows g and g + 8: BF16 numbers of steps 0 and 2, and of 1 and 3.
-            scales = [hopper.scale_pairs(rSF[0, h]) for h in range(2)]
-            for i in cutlass.range_constexpr(steps):
-                word = rW[i]
+            scales = [hopper.scale_pairs(rSF[half, h, b], scale_bits) for h in range(2)]
+            for i in cutlass.range_constexpr(LOAD_K // MMA_K):
+                word = rW[i, half, b]
                 pairs = (
-                    word & _CODE_MASK,
-                    (word << 3) & _CODE_MASK,
-                    ((word >> 3) & _MAGNITUDE_MASK) | ((word << 1) & _SIGN_MASK),
-                    ((word << 6) & _MAGNITUDE_MASK) | ((word << 2) & _SIGN_MASK),
+                    (word << 6) & _CODE_MASK,
+                    (word << 2) & _CODE_MASK,
+                    hopper.rotate_right(word, 4) & _CODE_MASK,
+                    (word & _UPPER_MASK) | ((word >> 8) & _LOWEST_MASK),
                 )
                 for p in cutlass.range_constexpr(4):
                     scale = scales[p % 2][i % 2]

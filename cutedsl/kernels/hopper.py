@@ -18,7 +18,7 @@ SWIZZLE_BYTES = 1024
 WARP = 32
 WARPGROUP = 128
 # A stored scale in its place of a BF16 number, and the exponent's leading ones.
-_SCALE_MASK, _SCALE_BITS = 0x0FF00FF0, 0x70007000
+_SCALE_MASK, SCALE_BITS = 0x0FF00FF0, 0x70007000
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,40 @@ def mul_bf16x2_half(a: Any, b: Any, half: int) -> Any:
     return cute.arch.inline_ptx(code, write_only_types=[cutlass.Int32], read_only_args=[a, b])
 
 
-def scale_pairs(word: Any) -> tuple[Any, Any]:
+def rotate_right(word: Any, bits: int) -> Any:
+    """Int32 rotated by so many bits to the right, in one instruction.
+
+    Args:
+        word: Int32.
+        bits: 0 .. 31.
+
+    Source: PTX ISA, "shf".
+    """
+    return cute.arch.inline_ptx(
+        f"shf.r.wrap.b32 {{$w0}}, {{$r0}}, {{$r0}}, {bits};",
+        write_only_types=[cutlass.Int32], read_only_args=[word],
+    )  # fmt: skip
+
+
+def in_register(value: int) -> Any:
+    """An Int32 of which the compiler does not know that it is `value`, in a grid of one CTA along z.
+
+    A logical instruction takes one constant; of two it makes two instructions, unless one of them is no constant.
+    """
+    return cute.arch.grid_dim()[2] + (value - 1)
+
+
+def scale_pairs(word: Any, scale_bits: Any) -> tuple[Any, Any]:
     """The BF16 numbers s * 2^118 of the four stored block scales in a word; see `prepare_sm90`.
 
     Args:
-        word: Int32 - stored scales in bytes 0 .. 3.
+        word: Int32 - stored scales 0 .. 3.
+        scale_bits: Int32 - SCALE_BITS, better `in_register`.
 
     Returns:
         Int32 of scales 0 and 2, and of 1 and 3, the first in the low half.
     """
-    return ((word << 4) & _SCALE_MASK) | _SCALE_BITS, ((word >> 4) & _SCALE_MASK) | _SCALE_BITS
+    return (word & _SCALE_MASK) | scale_bits, (rotate_right(word, 8) & _SCALE_MASK) | scale_bits
 
 
 def store_relaxed(pointer: cute.Pointer, values: list[Any]) -> None:

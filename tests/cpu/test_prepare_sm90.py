@@ -23,18 +23,28 @@ def zeroed(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     return torch.where((as_bytes(weight_scale) != 0).unsqueeze(-1), blocks, 0).view(weight.shape)
 
 
-def halves(block: np.ndarray) -> np.ndarray:
-    """The halves of words of a block, (kh, thread, j, low or high), from its 4096 bytes."""
-    return block.view("<u2").reshape(2, 128, 4, 2)
+def words_of(block: np.ndarray) -> np.ndarray:
+    """The words of a block, (kh, thread, j), from its 4096 bytes."""
+    return block.view("<u4").reshape(2, 128, 4)
+
+
+def rotated(words: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 rotated to the right."""
+    return words >> np.uint32(bits) | words << np.uint32(32 - bits)
+
+
+def scale_bytes(weight_scale: torch.Tensor) -> np.ndarray:
+    """Prepared scales, flat, each in a byte of its own again."""
+    return rotated(weight_scale.numpy().reshape(-1).view("<u4"), 4).view(np.uint8)
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------------
 
 
-def code_in(half: int, place: int) -> int:
-    """The code that half a word holds at a place, bit by bit."""
-    bits = {0: (15, 8, 7, 6), 1: (12, 5, 4, 3), 2: (14, 11, 10, 9), 3: (13, 2, 1, 0)}[place]
-    return sum((half >> bit & 1) << (3 - i) for i, bit in enumerate(bits))
+def code_in(word: int, odd: int, place: int) -> int:
+    """The code of even or odd k that a word holds at a place, bit by bit."""
+    bits = {0: (9, 2, 1, 0), 1: (13, 6, 5, 4), 2: (19, 12, 11, 10), 3: (15, 8, 7, 14)}[place]
+    return sum((word >> (bit + 16 * odd) % 32 & 1) << (3 - i) for i, bit in enumerate(bits))
 
 
 def test_every_code_is_in_its_place() -> None:
@@ -44,18 +54,18 @@ def test_every_code_is_in_its_place() -> None:
     operand = prepare_experts(weight, scale, torch.ones(2))
     blocks = operand.weight.numpy().reshape(2, 2, 2, 4096)
     for e, block_row, block_k in np.ndindex(2, 2, 2):
-        words = halves(blocks[e, block_row, block_k])
-        for kh, thread, j, odd in np.ndindex(words.shape):
+        words = words_of(blocks[e, block_row, block_k])
+        for kh, thread, j, odd in np.ndindex(*words.shape, 2):
             w, g, t = thread // 32, thread % 32 // 4, thread % 4
             row, k = 64 * block_row + 16 * w + g, 128 * block_k + 64 * kh + 16 * j + 2 * t + odd
-            found = [code_in(int(words[kh, thread, j, odd]), place) for place in range(4)]
+            found = [code_in(int(words[kh, thread, j]), odd, place) for place in range(4)]
             assert found == [codes[e, row, k], codes[e, row + 8, k], codes[e, row, k + 8], codes[e, row + 8, k + 8]]
 
 
 def test_every_scale_is_in_its_place() -> None:
     weight, scale = codes_of(2, 128, 256), scales_of(2, 128, 256)
     before = numerics.scale_bits(scale).copy()
-    blocks = prepare_experts(weight, scale, torch.ones(2)).weight_scale.numpy().reshape(2, 2, 2, 512)
+    blocks = scale_bytes(prepare_experts(weight, scale, torch.ones(2)).weight_scale).reshape(2, 2, 2, 512)
     for e, row, column in np.ndindex(before.shape):
         w, h, g = row % 64 // 16, row % 16 // 8, row % 8
         found = blocks[e, row // 64, column // 8, (8 * w + g) * 16 + 8 * h + column % 8]
@@ -71,8 +81,9 @@ def test_every_scale_is_in_its_place() -> None:
 def test_every_scale_has_one_byte() -> None:
     """All 126 positive scales, subnormals among them, and 0: different bytes, in the scales' order."""
     scale = torch.arange(128, dtype=torch.uint8)[:, None].clamp(max=126).view(torch.float8_e4m3fn).repeat(1, 8)[None]
-    blocks = prepare_experts(codes_of(1, 128, 128), scale, torch.ones(1)).weight_scale.view(2, 4, 8, 2, 8)
-    found = blocks.permute(0, 1, 3, 2, 4).reshape(128, 8)
+    prepared = scale_bytes(prepare_experts(codes_of(1, 128, 128), scale, torch.ones(1)).weight_scale)
+    found = torch.from_numpy(prepared).view(2, 4, 8, 2, 8)
+    found = found.permute(0, 1, 3, 2, 4).reshape(128, 8)
     assert found.eq(found[:, :1]).all()
     assert found[0, 0] == 0
     assert found[1, 0] == (-9 + 21) << 3
@@ -89,17 +100,24 @@ def test_what_a_thread_makes_of_it() -> None:
     """Shifts and masks as on the GPU: sign to bit 15, magnitude to 8:6; the scale's byte under three exponent bits."""
     packed = numerics.random_packed(1, 64, 128, seed=5)
     operand = prepare_experts(packed.weight.clone(), packed.weight_scale.clone(), torch.ones(1))
-    words = halves(operand.weight.numpy().reshape(4096)).astype(np.uint32)
-    third, fourth = words << 1 & 0x8000 | words >> 3 & 0x1C0, words << 2 & 0x8000 | words << 6 & 0x1C0
-    codes = [words & 0x81C0, words << 3 & 0x81C0, third, fourth]
-    # One scale for 16 k, of rows g and g + 8.
-    scales = operand.weight_scale.numpy().reshape(4, 8, 2, 2, 4).astype(np.uint32)
+    words = words_of(operand.weight.numpy().reshape(4096))
+    fourth = words & 0x81808180 | words >> np.uint32(8) & 0x00400040
+    codes = [
+        words << np.uint32(6) & 0x81C081C0,
+        words << np.uint32(2) & 0x81C081C0,
+        rotated(words, 4) & 0x81C081C0,
+        fourth,
+    ]
+    # Two of the scales for 16 k each, of rows g and g + 8.
+    word = operand.weight_scale.numpy().reshape(4, 8, 2, 8).view("<u4")
+    pairs = [(part & 0x0FF00FF0 | 0x70007000).view("<u2").reshape(4, 8, 2, 2, 2) for part in (word, rotated(word, 8))]
+    scales = np.stack(pairs, axis=-1).reshape(4, 8, 2, 2, 4)
     for place, bits in enumerate(codes):
         h, hi = place % 2, place // 2
         # (kh, w, g, t, j, odd); scales (w, g, kh, j) of half h.
-        number = bf16(bits).reshape(2, 4, 8, 4, 4, 2)
-        scale = bf16(scales[:, :, h] << 4 | 0x7000).transpose(2, 0, 1, 3)[:, :, :, None, :, None]
-        found = number * np.where(scales[:, :, h].transpose(2, 0, 1, 3)[:, :, :, None, :, None] == 0, 0, scale) * 2.0**8
+        number = bf16(bits.view("<u2")).reshape(2, 4, 8, 4, 4, 2)
+        # A code without a scale is 0 itself.
+        found = number * bf16(scales[:, :, h]).transpose(2, 0, 1, 3)[:, :, :, None, :, None] * 2.0**8
         k = (
             np.arange(2)[:, None, None, None] * 64
             + np.arange(4)[:, None] * 16
@@ -148,7 +166,7 @@ def test_there_and_back(monkeypatch: pytest.MonkeyPatch, rows: int, k: int, gate
     assert operand.alpha.shape == (3, 2 if gate_up else 1)
     assert torch.equal(operand.alpha.flatten(), alpha.flatten())
     # Padding adds nothing but zeros.
-    assert int(operand.weight_scale.ne(0).sum()) == int(as_bytes(given_scale).ne(0).sum())
+    assert int((scale_bytes(operand.weight_scale) != 0).sum()) == int(as_bytes(given_scale).ne(0).sum())
     restored, restored_scale = restore_experts(operand, rows, k, gate_up)
     assert torch.equal(restored, given)
     assert torch.equal(as_bytes(restored_scale), as_bytes(given_scale))

@@ -59,7 +59,8 @@ PLAIN = [
         "                cute.arch.mbarrier_wait(smem.full + index, phase)\n",
         "",
     ),
-    source("code one place off", WRONG, "(word << 3) & _CODE_MASK", "(word << 2) & _CODE_MASK"),
+    source("code one place off", WRONG, "(word << 6) & _CODE_MASK", "(word << 5) & _CODE_MASK"),
+    source("lowest bit of a code lost", WRONG, " | ((word >> 8) & _LOWEST_MASK)", ""),
     source("scale of the other row", WRONG, "scale = scales[p % 2][i % 2]", "scale = scales[0][i % 2]"),
     source(
         "scale of the other half",
@@ -67,7 +68,9 @@ PLAIN = [
         "hopper.mul_bf16x2_half(pairs[p], scale, i // 2)",
         "hopper.mul_bf16x2_half(pairs[p], scale, 1 - i // 2)",
     ),
-    source("scales of the other 64 columns", WRONG, "rSF[0, h] = sSF[0, half, h,", "rSF[0, h] = sSF[0, 0, h,"),
+    source(
+        "scales of the other 64 columns", WRONG, "hopper.scale_pairs(rSF[half, h, b]", "hopper.scale_pairs(rSF[0, h, b]"
+    ),
     source(
         "alpha of the row 8 below",
         f"{WRONG} | out-of-bounds",
