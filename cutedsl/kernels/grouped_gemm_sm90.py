@@ -494,6 +494,8 @@ class GroupedGemmSm90:
             grid=(clusters * config.cluster_w, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
             cluster=(config.cluster_w, 1, 1),
+            # Without it ptxas does not know with how many registers a thread starts, and ignores setmaxregister.
+            min_blocks_per_mp=1,
             stream=stream,
         )
 
