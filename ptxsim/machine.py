@@ -565,7 +565,7 @@ class Machine:
         self.segment_counts = [0] * len(program.segments)
         self.segment_costs = [segment.end - segment.start for segment in program.segments]
         self._executed = 0
-        self.gmem = GlobalMemory(self)
+        self.gmem = GlobalMemory(self, bool(launch.attributes.get("programmatic_stream_serialization")))
         for buffer in memory:
             self.gmem.register(buffer)
         self.params = self._params()

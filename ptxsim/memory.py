@@ -199,13 +199,13 @@ class GlobalMemory:
 
     Accesses whose bytes do not all lie in one buffer are fatal findings.
 
-    Attributes:
+    Args:
+        machine: findings go there.
         overlaps: the launch may begin before those before it have ended.
     """
 
-    def __init__(self, machine: "Machine") -> None:
-        self.machine = machine
-        self.overlaps = bool(machine.launch.attributes.get("programmatic_stream_serialization"))
+    def __init__(self, machine: "Machine", overlaps: bool = False) -> None:
+        self.machine, self.overlaps = machine, overlaps
         self.regions: list[Region] = []
         self._starts: list[int] = []
         self._last: Region | None = None

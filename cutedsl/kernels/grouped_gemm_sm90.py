@@ -30,7 +30,11 @@ first steps of a tile finishes it: it waits for the sums of those that have the 
 and adds them in their order: no atomics, the same result each time. It waits only for CTAs of lower index, which have been
 started before it, so that even a GPU with room for one CTA at a time gets through. Few sums say themselves that they are
 there, by not being +0, for which -0 is left: a flag needs a fence, and a fence waits for all loads under way. Many sums
-have a flag all the same, as they would have to be looked at one by one and set back to +0.
+have a flag all the same, as they would have to be looked at one by one and set back to +0. Sums and flags are touched behind
+the wait for earlier launches alone: the one before used the same, and no later one takes an SM from CTAs not yet started.
+
+Overlap. This kernel begins before the ones before it have ended: see `hopper`. Where its groups' sizes are constant
+(`constant_rows`), as many stages of weights as there are begin to load before it waits for those.
 
 Clusters. With many tokens the loads of X are what is too much for L2. Then (`cluster_w`) two CTAs take neighbouring weight
 tiles of the same tokens, and each loads half of the tokens for both.

@@ -62,6 +62,8 @@ class Simulator:
     def __init__(self, policy: str = "eager") -> None:
         self.policy = policy
         self.launched: list[str] = []
+        # Of each GEMM: whether its weights are loaded while earlier kernels still run.
+        self.early: list[bool] = []
         self._compiled = compiler.compiled
 
     def compiled(self, kernel: type, *arguments: Any) -> Callable[..., None]:
@@ -70,6 +72,8 @@ class Simulator:
 
         def launch(*args: Any) -> None:
             self.launched.append(name)
+            if name == "GroupedGemm":
+                self.early.append(bool(args[14]))
             seed = len(self.launched)
             ptxsim.run(
                 function,
@@ -177,6 +181,7 @@ def test_linear(
     spans = {(0,): [1], (0, 0): [1], (0, 1, 0): [2, 1], (0, 1): [1, 1]}[tuple(scales)]
     expected = [name for count in spans for name in ("Quantize", *["GroupedGemm"] * count)]
     assert simulator.launched == (expected if activations == "nvfp4" else ["GroupedGemm"])
+    assert all(simulator.early)
 
 
 @pytest.mark.parametrize("activations", MODES)
@@ -224,6 +229,7 @@ def test_shared_expert(
     assert_middle(h, exact_h, reference.down)
     assert_close(y, multiplied(h, reference.down))
     assert simulator.launched == ["Quantize"] * (activations == "nvfp4") + ["GroupedGemm"] * 2
+    assert all(simulator.early)
 
 
 # ---- routed experts -------------------------------------------------------------------------------------------------
@@ -291,6 +297,7 @@ def test_moe(
     expected = OPS.moe(x, weights, ids.to(dtype), reference.runner_id).double()
     assert (y.double() - expected).norm() <= 2.0**-7 * expected.norm()
     assert simulator.launched == ["Route", "Quantize", "GroupedGemm", "GroupedGemm", "Finalize"]
+    assert not any(simulator.early)
 
 
 @pytest.mark.parametrize("activations", MODES)
@@ -342,6 +349,7 @@ def test_wo_a(
     assert (y != expected).double().mean() <= 0.005
     assert_close(y, expected)
     assert simulator.launched == ["InverseRopeQuantize", "GroupedGemm"]
+    assert all(simulator.early)
 
 
 # ---- what surrounds the kernels -------------------------------------------------------------------------------------
