@@ -22,10 +22,10 @@ launch_dependents promises only that the next kernel may begin, nothing about me
 written, and not about what an earlier one had written when its own kernel had waited. So nothing that a kernel of the stream
 writes is read before the wait, even if that kernel is several launches back, as `route` is for both GEMMs of a MoE.
 
-The next kernel begins when every CTA of this one has called launch_dependents or ended: all have then been started. So a CTA
-of a later kernel never takes a place that one of an earlier kernel still wants, and CTAs that wait for others of their grid, as
-those with even shares do, do so as if nothing followed. A CTA of a GEMM that waits holds its SM's registers and most of its
-shared memory: until the kernels before it have ended, other streams cannot use them.
+The next kernel begins when every CTA of this one has called launch_dependents or ended: all have then been started. So a
+CTA of a later kernel never takes a place that one of an earlier kernel still wants, and CTAs that wait for others of their
+grid, as those with even shares do, do so as if nothing followed. A CTA of a GEMM that waits holds its SM's registers and most
+of its shared memory: until the kernels before it have ended, other streams cannot use them.
 
 Constants must have been written, and that seen, before the launch: `prepare_sm90` and `EqualGroups` end with a
 synchronisation of the stream.
