@@ -206,6 +206,9 @@ def _prepared(weight: torch.Tensor, weight_scale: torch.Tensor) -> tuple[torch.T
     chunk = max(1, CHUNK_BYTES // by_rows[0].numel())
     for codes, scales in zip(by_rows.split(chunk), scales_by_rows.split(chunk), strict=True):
         _permute(codes, scales)
+    if weight.is_cuda:
+        # Kernels read weights before they wait for others: see `cutedsl.kernels.hopper`.
+        torch.cuda.current_stream(weight.device).synchronize()
     return weight, weight_scale
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ptxsim.semantics  # noqa: F401 - registers the decoders
@@ -95,6 +96,7 @@ def run(
     *args: Any,
     outputs: Sequence[Any] = (),
     memory: Sequence[Any] = (),
+    constant: Sequence[Any] = (),
     policy: str = "eager",
     seed: int = 0,
     check: bool = True,
@@ -110,6 +112,8 @@ def run(
         *args: what it takes: CPU tensors, pointers, scalars.
         outputs: tensors that count as uninitialised before the launch and must be written completely.
         memory: further tensors that pointers and CuTe tensors among the arguments refer to.
+        constant: of all these the ones that no launch still running may write: with programmatic_stream_serialization a
+            kernel may read them before griddepcontrol.wait.
         policy, seed, trace, resident_clusters, max_instructions: as simulate.
         check: raise if there is a finding.
         ptx: the kernels' text, for an AOT object that has none beside it.
@@ -124,7 +128,7 @@ def run(
     from ptxsim.host.capture import capture
 
     launches = capture(compiled, *args, ptx=ptx)
-    buffers = _buffers(args, outputs, memory)
+    buffers = _buffers(args, outputs, memory, constant)
     total = Report()
     for i, launch in enumerate(launches):
         report = simulate(
@@ -144,9 +148,12 @@ def run(
     return total.check() if check else total
 
 
-def _buffers(args: Sequence[Any], outputs: Sequence[Any], memory: Sequence[Any]) -> list[Buffer]:
+def _buffers(
+    args: Sequence[Any], outputs: Sequence[Any], memory: Sequence[Any], constant: Sequence[Any]
+) -> list[Buffer]:
     """One buffer for every distinct tensor; outputs start uninitialised."""
     buffers: dict[int, Buffer] = {}
+    constants = {Buffer.of(tensor).address for tensor in constant}
     for i, tensor in enumerate(outputs):
         buffer = Buffer.of(tensor, name=f"output {i}", initialised=False, must_be_written=True)
         buffers[buffer.address] = buffer
@@ -160,6 +167,8 @@ def _buffers(args: Sequence[Any], outputs: Sequence[Any], memory: Sequence[Any])
             # Scalars, streams, pointers and CuTe tensors: what the last two point to comes in `memory`.
             continue
         buffer = Buffer.of(inner, name=f"tensor {i}")
+        if buffer.address in constants:
+            buffer = replace(buffer, constant=True)
         buffers.setdefault(buffer.address, buffer)
     return [buffer for buffer in buffers.values() if buffer.num_bytes]
 

@@ -224,13 +224,16 @@ class _Global:
         """Everything inside the tensor has been written, and the async proxy may see it."""
         for clip, buffer, start in self._parts:
             if clip is not None and buffer is not None:
+                w.machine.gmem.check_waited(w, buffer, slice(start, start + 1))
                 _check_global_read(w, issue, self.box, clip, buffer, start)
 
     def check_writable(self, w: "Warp") -> None:
-        """No part lies in read-only memory."""
-        for _, buffer, _ in self._parts:
+        """No part lies in read-only memory, or in what an earlier launch may still use."""
+        for _, buffer, start in self._parts:
             if buffer is not None and buffer.readonly:
                 w.found(WRITE_READONLY, f"tensor copy writes to {buffer.name}, which is read-only", fatal=True)
+            if buffer is not None:
+                w.machine.gmem.check_waited(w, buffer, slice(start, start + 1), writes=True)
 
     def gather(self) -> Bytes:
         """The box as it goes to shared memory, unswizzled."""
@@ -535,6 +538,7 @@ def _bulk_load(w: "Warp", form: _Form, dst: int, src: int, size: int, mbar: int,
     if targets is None or not _bulk_aligned(w, dst, src, size):
         return
     buffer, start = w.machine.gmem.view(src, size)
+    w.machine.gmem.check_waited(w, buffer, slice(start, start + size))
     issue = w.issue(LOAD_AGENT)
     if buffer.valid is not None and not buffer.valid[start : start + size].all():
         w.found(UNINITIALISED_READ, f"bulk copy reads bytes of {buffer.name} that nobody has written")
@@ -598,6 +602,7 @@ def _bulk_store(w: "Warp", form: _Form, lanes: int, dst: int, src: int, size: in
     buffer, start = w.machine.gmem.view(dst, size)
     if buffer.readonly:
         w.found(WRITE_READONLY, f"bulk copy writes to {buffer.name}, which is read-only", fatal=True)
+    w.machine.gmem.check_waited(w, buffer, slice(start, start + size), writes=True)
     issue = w.issue(STORE_AGENT)
     machine, smem = w.machine, w.cta.smem
     smem.check_async_read(issue, offset, size)

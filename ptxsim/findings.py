@@ -27,6 +27,7 @@ LAUNCH = "launch"
 TENSORMAP = "tensormap"
 BAD_VALUE = "bad-value"
 WRITE_READONLY = "write-readonly"
+BEFORE_WAIT = "access-before-wait"
 
 
 class Unsupported(Exception):

@@ -1,7 +1,8 @@
 """Instructions that concern the launch: griddepcontrol, setmaxnreg, clusterlaunchcontrol.
 
-Launches run one after the other here, so a dependent grid has nothing to wait for; that a kernel waits before it reads what
-the launch before wrote is not checked.
+Launches run one after the other here, so a dependent grid has nothing to wait for. But a launch with the attribute
+programmatic_stream_serialization may begin before those before it have ended: there a warp that touches global memory must
+have waited, or be ordered behind one that has. Only buffers said to be constant may be read earlier.
 
 Source: PTX ISA, griddepcontrol, setmaxnreg, clusterlaunchcontrol.try_cancel and .query_cancel. The 16-byte response is
 opaque; its bits here are this model's own. The coordinates in a response that cancelled nothing are undefined by the
@@ -26,11 +27,13 @@ _REGISTERS_OF_SM = 65536
 
 @decoder("griddepcontrol")
 def griddepcontrol(ins: Instruction) -> Effect:
-    """griddepcontrol.wait and .launch_dependents: nothing to do when launches run in order."""
+    """griddepcontrol.wait and .launch_dependents: launches run in order, so that waiting is only noted."""
     r = Reader(ins, 1)
-    r.one_of("wait", "launch_dependents")
+    action = r.one_of("wait", "launch_dependents")
     r.end(0)
-    return Effect(lambda w, mask: None)
+    if action == "launch_dependents":
+        return Effect(lambda w, mask: None)
+    return Effect(lambda w, mask: w.note_wait())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -290,6 +290,19 @@ class Warp:
         clock[thread] = tick
         return Issue(self, self.instruction, thread, tick, clock)
 
+    def note_wait(self) -> None:
+        """griddepcontrol.wait: earlier launches have ended for this warp, and for those that are ordered behind it."""
+        self.state["waited"] = True
+        tick = int(self.release()[self.thread])
+        self.cluster.state.setdefault("waits", []).append((self.thread, tick))
+
+    def has_waited(self) -> bool:
+        """Whether a griddepcontrol.wait lies before this point, in this warp or in one that it is ordered behind."""
+        if not self.state.get("waited"):
+            waits = self.cluster.state.get("waits", ())
+            self.state["waited"] = any(self.clock[thread] > tick for thread, tick in waits)
+        return bool(self.state["waited"])
+
     def found(self, code: str, message: str, fatal: bool = False) -> None:
         """Records a finding at the current instruction."""
         self.machine.found(code, message, fatal=fatal)
@@ -552,7 +565,7 @@ class Machine:
         self.segment_counts = [0] * len(program.segments)
         self.segment_costs = [segment.end - segment.start for segment in program.segments]
         self._executed = 0
-        self.gmem = GlobalMemory(self)
+        self.gmem = GlobalMemory(self, bool(launch.attributes.get("programmatic_stream_serialization")))
         for buffer in memory:
             self.gmem.register(buffer)
         self.params = self._params()

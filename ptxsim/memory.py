@@ -1,7 +1,8 @@
 """Memory of the simulated GPU: address windows, buffers of the host, global memory. Shared memory: shared_memory.py.
 
 Global memory is the host's own memory: every access must lie in one registered buffer, exactly. Beyond bounds these are
-checked: bytes read before anything wrote them, writes to read-only buffers, outputs not written completely, and, for
+checked: bytes read before anything wrote them, writes to read-only buffers, outputs not written completely, accesses before
+griddepcontrol.wait in a launch that may begin before those before it have ended, and, for
 generic-proxy accesses of warps of one cluster, conflicting accesses that nothing orders.
 
 Not looked for: conflicts between clusters (only flags in memory order those, through chains that cannot be followed here),
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxsim.findings import (
+    BEFORE_WAIT,
     MISSING_PROXY_FENCE,
     OUT_OF_BOUNDS,
     RACE,
@@ -77,6 +79,7 @@ class Buffer:
         layout: (shape, strides in bytes, item size) if the elements do not fill the range; the gaps may be accessed, count
             as initialised and need not be written.
         owner: kept alive as long as this object.
+        constant: no launch that may still be running writes it: it may be read before griddepcontrol.wait.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Buffer:
     layout: Layout | None = None
     owner: Any = field(default=None, repr=False)
     valid: Bools | None = field(default=None, repr=False)
+    constant: bool = False
 
     def __post_init__(self) -> None:
         if self.must_be_written and self.initialised:
@@ -110,6 +114,7 @@ class Buffer:
         initialised: bool = True,
         must_be_written: bool = False,
         readonly: bool = False,
+        constant: bool = False,
     ) -> "Buffer":
         """The memory of a NumPy array or of anything with data_ptr(), shape, stride() and element_size(), as tensors have."""
         if hasattr(array, "data_ptr"):
@@ -127,7 +132,7 @@ class Buffer:
             if high - low != size:
                 layout = (shape, strides, item)
             address, size = address + low, high - low
-        return cls(name, address, size, initialised, must_be_written, readonly, layout, array)
+        return cls(name, address, size, initialised, must_be_written, readonly, layout, array, constant=constant)
 
 
 class Region:
@@ -137,6 +142,7 @@ class Region:
         data: the bytes themselves.
         valid: which of them hold something; None if all do.
         readonly: writing is a finding.
+        constant: reading before griddepcontrol.wait is none.
         who, tick: last generic-proxy writer of each byte, (cluster + 1) << 12 | thread, and its clock then; None until the
             first such write.
     """
@@ -147,6 +153,7 @@ class Region:
         self.data: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
         self.valid: Bools | None = None
         self.readonly = False
+        self.constant = False
         self.buffers: list[Buffer] = []
         self.who: npt.NDArray[np.uint32] | None = None
         self.tick: npt.NDArray[np.uint32] | None = None
@@ -156,6 +163,7 @@ class Region:
         """Takes a buffer that lies within; the strictest of several rights counts."""
         at = buffer.address - self.address
         self.readonly = buffer.readonly if not self.buffers else self.readonly and buffer.readonly
+        self.constant = buffer.constant if not self.buffers else self.constant and buffer.constant
         self.buffers.append(buffer)
         if buffer.valid is None:
             return
@@ -190,10 +198,14 @@ class GlobalMemory:
     """The registered buffers, and the checks on them.
 
     Accesses whose bytes do not all lie in one buffer are fatal findings.
+
+    Args:
+        machine: findings go there.
+        overlaps: the launch may begin before those before it have ended.
     """
 
-    def __init__(self, machine: "Machine") -> None:
-        self.machine = machine
+    def __init__(self, machine: "Machine", overlaps: bool = False) -> None:
+        self.machine, self.overlaps = machine, overlaps
         self.regions: list[Region] = []
         self._starts: list[int] = []
         self._last: Region | None = None
@@ -280,6 +292,8 @@ class GlobalMemory:
         if where is None:
             return self._load_apart(w, addresses, size, strong)
         region, index = where
+        if self.overlaps:
+            self.check_waited(w, region, index)
         if isinstance(index, slice):
             out = region.data[index].reshape(-1, size).copy()
         else:
@@ -312,6 +326,8 @@ class GlobalMemory:
         if region.readonly:
             self._readonly(w, region, index)
             return
+        if self.overlaps:
+            self.check_waited(w, region, index, writes=True)
         flat = values.reshape(-1)
         if not isinstance(index, slice):
             self._check_lanes(w, region, index, values, strong)
@@ -329,6 +345,8 @@ class GlobalMemory:
         """Reads the same `size` bytes for all lanes."""
         region, at = self.view(address, size)
         index = slice(at, at + size)
+        if self.overlaps:
+            self.check_waited(w, region, index)
         if region.valid is not None and b"\0" in region.valid[index].tobytes():
             self._uninitialised(w, region, index)
         if region.who is not None and not strong:
@@ -342,6 +360,8 @@ class GlobalMemory:
         if region.readonly:
             self._readonly(w, region, index)
             return
+        if self.overlaps:
+            self.check_waited(w, region, index, writes=True)
         flat = np.frombuffer(values, np.uint8)
         if not strong:
             self._check_order(w, region, index, flat)
@@ -358,6 +378,14 @@ class GlobalMemory:
             if self._locate(one, size) is not None:
                 out[i] = self.load(w, one, size, strong)[0]
         return out
+
+    def check_waited(self, w: "Warp", region: Region, index: Index, writes: bool = False) -> None:
+        """An access that earlier launches must have ended for: if this one overlaps them, the warp must have waited."""
+        if not self.overlaps or (region.constant and not writes) or w.has_waited():
+            return
+        verb = "write to" if writes else "read of"
+        where = region.name_at(int(_offsets(index)[0]))
+        w.found(BEFORE_WAIT, f"{verb} {where} before griddepcontrol.wait: earlier launches may not have ended")
 
     def _uninitialised(self, w: "Warp", region: Region, index: Index) -> None:
         assert region.valid is not None
@@ -415,6 +443,7 @@ class GlobalMemory:
         if region.readonly:
             self._readonly(w, region, slice(at, at + size))
             return
+        self.check_waited(w, region, slice(at, at + size), writes=True)
         if region.valid is None:
             region.valid = np.ones(region.num_bytes, np.bool_)
         region.valid[at : at + size] = False

@@ -111,6 +111,11 @@ class FinalizeSm100:
     def __init__(self, config: Config) -> None:
         self.config = config.validate()
 
+    @property
+    def use_pdl(self) -> bool:
+        """Launches overlap: see `hopper`, of which alone this is made use of."""
+        return False
+
     @cute.jit
     def __call__(
         self,
@@ -134,7 +139,7 @@ class FinalizeSm100:
         num_tokens, num_columns = mOut.shape
         grid = (num_tokens, cute.ceil_div(num_columns, VECTOR * self.config.num_threads), 1)
         self.kernel(mY, mChoiceRow, mTopkWeights, mShared, mOut).launch(
-            grid=grid, block=(self.config.num_threads, 1, 1), stream=stream
+            grid=grid, block=(self.config.num_threads, 1, 1), stream=stream, use_pdl=self.use_pdl
         )
 
     @cute.kernel
@@ -147,6 +152,9 @@ class FinalizeSm100:
         mOut: cute.Tensor,
     ) -> None:
         """Gather, sum, round: each thread its vector of columns."""
+        if cutlass.const_expr(self.use_pdl):
+            cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_wait()
         thread, _, _ = cute.arch.thread_idx()
         token, tile, _ = cute.arch.block_idx()
         vector = tile * self.config.num_threads + thread

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from cutedsl import compile as compiler
-from cutedsl.kernels import finalize_sm100
+from cutedsl.kernels import finalize_sm100, hopper
 from cutedsl.kernels.finalize_sm100 import check
 from cutedsl.kernels.hopper import ARCHS
 
@@ -38,6 +38,11 @@ class FinalizeSm90(finalize_sm100.FinalizeSm100):
     Args:
         config: validated here.
     """
+
+    @property
+    def use_pdl(self) -> bool:
+        """Launches overlap: see `hopper`."""
+        return hopper.USE_PDL
 
 
 def finalize(

@@ -30,7 +30,11 @@ first steps of a tile finishes it: it waits for the sums of those that have the 
 and adds them in their order: no atomics, the same result each time. It waits only for CTAs of lower index, which have been
 started before it, so that even a GPU with room for one CTA at a time gets through. Few sums say themselves that they are
 there, by not being +0, for which -0 is left: a flag needs a fence, and a fence waits for all loads under way. Many sums
-have a flag all the same, as they would have to be looked at one by one and set back to +0.
+have a flag all the same, as they would have to be looked at one by one and set back to +0. Sums and flags are touched behind
+the wait for earlier launches alone: the one before used the same, and no later one takes an SM from CTAs not yet started.
+
+Overlap. This kernel begins before the ones before it have ended: see `hopper`. Where its groups' sizes are constant
+(`constant_rows`), as many stages of weights as there are begin to load before it waits for those.
 
 Clusters. With many tokens the loads of X are what is too much for L2. Then (`cluster_w`) two CTAs take neighbouring weight
 tiles of the same tokens, and each loads half of the tokens for both.
@@ -447,6 +451,7 @@ class GroupedGemmSm90:
         n: cutlass.Int32,
         group_rows: cutlass.Int32,
         group_columns: cutlass.Int32,
+        constant_rows: cutlass.Int32,
         max_active_clusters: cutlass.Int32,
         stream: Any,
     ) -> None:
@@ -466,6 +471,7 @@ class GroupedGemmSm90:
             limit: of SwiGLU, infinity for none.
             n: weight rows of an expert, without padding.
             group_rows, group_columns: what each expert's rows and columns of D begin at.
+            constant_rows: 1: mCount and mPaddedOffset may be read before earlier kernels have ended; 0: they may not.
             max_active_clusters: the most clusters to launch, at least 1.
             stream: to launch on.
         """
@@ -490,20 +496,29 @@ class GroupedGemmSm90:
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
-        self.kernel(tiled_mma, tma_x, mX, weights, out, self._exchange(mSums, mFlag)).launch(
+        self.kernel(tiled_mma, tma_x, mX, weights, out, self._exchange(mSums, mFlag), constant_rows).launch(
             grid=(clusters * config.cluster_w, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
             cluster=(config.cluster_w, 1, 1),
             # Without it ptxas does not know with how many registers a thread starts, and ignores setmaxregister.
             min_blocks_per_mp=1,
             stream=stream,
+            use_pdl=hopper.USE_PDL,
         )
 
     @cute.kernel
     def kernel(
-        self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, exchange: _Exchange
+        self,
+        tiled_mma: cute.TiledMma,
+        tma_x: Any,
+        mX: cute.Tensor,
+        weights: Any,
+        out: _Out,
+        exchange: _Exchange,
+        constant_rows: cutlass.Int32,
     ) -> None:
         """Sets up barriers and the list of tiles, then every warp takes its role."""
+        hopper.launch_dependents()
         config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == config.load_warp:
@@ -514,6 +529,8 @@ class GroupedGemmSm90:
                 for stage in cutlass.range_constexpr(config.num_stages):
                     cute.arch.mbarrier_init(smem.full + stage, 1)
                     cute.arch.mbarrier_init(smem.empty + stage, config.load_warp * config.cluster_w)
+        if constant_rows == 0:
+            hopper.wait_for_prerequisites()
         if warp == config.load_warp:
             count_tiles(out.mCount, smem.sTile, config.tile_n)
         # Behind this barrier all mbarriers are initialised, and the tiles are in shared memory.
@@ -524,8 +541,13 @@ class GroupedGemmSm90:
         if warp >= config.load_warp:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
             if warp == config.load_warp:
-                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles)
+                num_early = cutlass.Int32(0)
+                if constant_rows != 0:
+                    num_early = self._load_early(weights, smem, tiles)
+                hopper.wait_for_prerequisites()
+                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles, num_early)
         else:
+            hopper.wait_for_prerequisites()
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
             self._consume(tiled_mma, smem, tiles, out, exchange)
         # Others may still write to a CTA's shared memory, or read it.
@@ -542,14 +564,46 @@ class GroupedGemmSm90:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _load(
-        self, tma_x: Any, mX: cute.Tensor, weights: Any, mPaddedOffset: cute.Tensor, smem: _Smem, tiles: _Tiles
-    ) -> None:
-        """Load warp: for each step of K the blocks of weights, their scales and the tokens."""
+    def _load_early(self, weights: Any, smem: _Smem, tiles: _Tiles) -> Any:
+        """Load warp: begins to load weights of the first stages, while earlier kernels run; returns how many."""
+        num_early = cutlass.Int32(0)
+        if tiles.first < tiles.end:
+            at = self._find(tiles, tiles.first)
+            first_k, end_k = self._steps(tiles, tiles.first)
+            num_early = cutlass.min(end_k - first_k, self.config.num_stages)
+            for step in cutlass.range(num_early, unroll=1):
+                self._load_weights(weights, at, first_k + step, smem, step)
+        return num_early
+
+    @cute.jit
+    def _load_weights(self, weights: Any, at: _Tile, k_tile: Any, smem: _Smem, index: Any) -> None:
+        """Begins to load a stage's blocks of weights and scales; its barrier expects the tokens too."""
         config = self.config
         mW, mSFW = weights
         num_row_blocks = cute.size(mW, mode=[2])
         bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), cutlass.Int32)
+        full = smem.full + index
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
+            for block in cutlass.range_constexpr(config.blocks):
+                # A tile behind the last block loads that again; nobody stores what comes of it.
+                row_block = cutlass.min(at.w_tile * config.blocks + block, num_row_blocks - 1)
+                cute.copy(bulk, mW[None, k_tile, row_block, at.expert], smem.sW[None, block, index], mbar_ptr=full)
+                cute.copy(bulk, mSFW[None, k_tile, row_block, at.expert], smem.sSFW[None, block, index], mbar_ptr=full)
+
+    @cute.jit
+    def _load(
+        self,
+        tma_x: Any,
+        mX: cute.Tensor,
+        weights: Any,
+        mPaddedOffset: cute.Tensor,
+        smem: _Smem,
+        tiles: _Tiles,
+        num_early: Any,
+    ) -> None:
+        """Load warp: for each step of K the tokens and, but for the first num_early, the weights and their scales."""
+        config = self.config
         everybody = cutlass.Int16((1 << config.cluster_w) - 1)
         index, phase = cutlass.Int32(0), cutlass.Int32(1)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
@@ -568,18 +622,11 @@ class GroupedGemmSm90:
             first_k, end_k = self._steps(tiles, tile)
             for k_tile in cutlass.range(first_k, end_k, unroll=1):
                 cute.arch.mbarrier_wait(smem.empty + index, phase)
+                if num_early > 0:
+                    num_early -= 1
+                else:
+                    self._load_weights(weights, at, k_tile, smem, index)
                 full = smem.full + index
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
-                    for block in cutlass.range_constexpr(config.blocks):
-                        # A tile behind the last block loads that again; nobody stores what comes of it.
-                        row_block = cutlass.min(at.w_tile * config.blocks + block, num_row_blocks - 1)
-                        cute.copy(
-                            bulk, mW[None, k_tile, row_block, at.expert], smem.sW[None, block, index], mbar_ptr=full
-                        )
-                        cute.copy(
-                            bulk, mSFW[None, k_tile, row_block, at.expert], smem.sSFW[None, block, index], mbar_ptr=full
-                        )
                 cute.copy(tma_x, tXgX[None, k_tile], tXsX[None, index], tma_bar_ptr=full, mcast_mask=everybody)
                 index += 1
                 if index == config.num_stages:
@@ -1018,6 +1065,7 @@ def grouped_gemm(
     n: int | None = None,
     d_group_rows: int = 0,
     d_group_columns: int = 0,
+    constant_rows: bool = False,
     max_active_clusters: int | None = None,
 ) -> None:
     """For each expert e and its rows r: mD[r] = finish(alpha[e] * mX[r] (e2m1(mW[e]) * mSFW[e])^T).
@@ -1040,6 +1088,8 @@ def grouped_gemm(
             Launches that may run at the same time need one each.
         n: weight rows without padding; None: as many as mW has.
         d_group_rows, d_group_columns: see mD.
+        constant_rows: count and padded_offset are as constant as the weights, which had been written when the launch before
+            this one began, or the stream was synchronised: weights are then loaded while earlier kernels still run.
         max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs.
 
     Raises:
@@ -1072,7 +1122,7 @@ def grouped_gemm(
     limit = math.inf if limit is None else limit
     compiled(config)(
         mX, mW, mSFW, alpha, count, padded_offset, mD, h_scale, partial, flags, limit, rows, d_group_rows, d_group_columns,
-        max_active_clusters,
+        int(constant_rows), max_active_clusters,
     )  # fmt: skip
 
 
@@ -1243,6 +1293,7 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
         matrix(cutlass.Int32, cute.sym_int(), config.num_consumers, align=4) if config.flagged else None,
         cutlass.Float32(1.0),
         cutlass.Int32(1),
+        cutlass.Int32(0),
         cutlass.Int32(0),
         cutlass.Int32(0),
         cutlass.Int32(1),

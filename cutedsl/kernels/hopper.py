@@ -1,7 +1,36 @@
-"""What kernels for Hopper share: the machine's limits, and steps of decoding NVFP4.
+"""What kernels for Hopper share: the machine's limits, steps of decoding NVFP4, and how launches overlap.
 
-The hard part is that decoding a weight must take about two instructions: see `grouped_gemm_sm90` for the layouts that
+The hard part of decoding is that a weight must take about two instructions: see `grouped_gemm_sm90` for the layouts that
 allow it.
+
+Launches overlap (programmatic dependent launch): a kernel may begin before the one before it in the stream has ended, so
+that its launch, its prologue and the loads of its weights cost no time of their own. The hard part is that nothing else of
+the stream's order is left until the kernel waits:
+
+    launch_dependents       first thing in every kernel: the next one may begin
+    ... prologue            registers, shared memory, barriers, prefetches of tensor maps
+    ... constants           loads of what no kernel of the stream writes: weights and their scales, tables of equal groups
+    wait_for_prerequisites  every thread that goes on to touch global memory, before anything else of it
+    ... all the rest        reads and writes alike: buffers are used again from layer to layer
+
+What this rests on. The wait returns when the kernels that this one was launched behind have ended and their memory
+operations can be seen. Some thread of every CTA of every kernel here waits, so that a kernel ends only after the ones
+before it have: behind its wait, a kernel follows all earlier work of the stream, not only the launch before it. A kernel
+that is launched without the attribute, or before which the stream has something else than a kernel, waits as ever.
+
+launch_dependents promises only that the next kernel may begin, nothing about memory: not about what its own kernel has
+written, and not about what an earlier one had written when its own kernel had waited. So nothing that a kernel of the stream
+writes is read before the wait, even if that kernel is several launches back, as `route` is for both GEMMs of a MoE.
+
+The next kernel begins when every CTA of this one has called launch_dependents or ended: all have then been started. So a
+CTA of a later kernel never takes a place that one of an earlier kernel still wants, and CTAs that wait for others of their
+grid, as those with even shares do, do so as if nothing followed. A CTA of a GEMM that waits holds its SM's registers and most
+of its shared memory: until the kernels before it have ended, other streams cannot use them.
+
+Constants must have been written, and that seen, before the launch: `prepare_sm90` and `EqualGroups` end with a
+synchronisation of the stream.
+
+Source: PTX ISA, griddepcontrol; CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 
 from dataclasses import dataclass
@@ -17,6 +46,8 @@ TMA_BYTES = 16
 SWIZZLE_BYTES = 1024
 WARP = 32
 WARPGROUP = 128
+# Launches overlap: see the module's text. Read when a kernel is compiled.
+USE_PDL = True
 # A stored scale in its place of a BF16 number, and the exponent's leading ones.
 _SCALE_MASK, SCALE_BITS = 0x0FF00FF0, 0x70007000
 
@@ -45,6 +76,18 @@ def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return ARCHS["sm_90a"].num_sms
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_dependents() -> None:
+    """Lets the next kernel of the stream begin, when all CTAs of this one have called this."""
+    if USE_PDL:
+        cute.arch.griddepcontrol_launch_dependents()
+
+
+def wait_for_prerequisites() -> None:
+    """Waits until all earlier work of the stream has ended and its writes can be seen; again: returns at once."""
+    if USE_PDL:
+        cute.arch.griddepcontrol_wait()
 
 
 def mul_bf16x2_half(a: Any, b: Any, half: int) -> Any:

@@ -23,7 +23,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from cutedsl import compile as compiler
 from cutedsl.formats import NVFP4
-from cutedsl.kernels import quantize_sm90, quantize_sm100
+from cutedsl.kernels import hopper, quantize_sm90, quantize_sm100
 from cutedsl.kernels.hopper import ARCHS, TMA_BYTES
 from cutedsl.kernels.quantize_sm90 import BF16, COPY, THREADS
 from cutedsl.kernels.quantize_sm100 import NARROW_LOAD, WIDE_LOAD
@@ -145,7 +145,7 @@ class InverseRopeQuantizeSm90:
         num_ctas = cutlass.min(cute.ceil_div(num_tokens * num_parts, THREADS), max_ctas)
         parts = cute.fast_divmod_create_divisor_v2(num_parts)
         self.kernel(mO, mPositions, mCosSin, mTensorScale, mY, parts).launch(
-            grid=(num_ctas, num_groups, 1), block=(THREADS, 1, 1), stream=stream
+            grid=(num_ctas, num_groups, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=hopper.USE_PDL
         )
 
     @cute.kernel
@@ -159,6 +159,7 @@ class InverseRopeQuantizeSm90:
         parts: cute.FastDivmodDivisorV2,
     ) -> None:
         """Walks the parts of a group; both parts of a block are in one pair of lanes, in the same step."""
+        hopper.launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
         cta, group, _ = cute.arch.block_idx()
         step = cute.arch.grid_dim()[0] * THREADS
@@ -166,6 +167,7 @@ class InverseRopeQuantizeSm90:
         first_row = group * cute.round_up(num_tokens, TILE_ROWS)
         # Heads of a group lie side by side, and so do their parts.
         first_part = group * parts.divisor
+        hopper.wait_for_prerequisites()
         tensor_scale = None
         if cutlass.const_expr(self.config.output != COPY):
             tensor_scale = mTensorScale[0]

@@ -28,7 +28,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from cutedsl import compile as compiler
 from cutedsl.formats import NVFP4
-from cutedsl.kernels import quantize_block, quantize_sm100, round_block
+from cutedsl.kernels import hopper, quantize_block, quantize_sm100, round_block
 from cutedsl.kernels.hopper import ARCHS, TMA_BYTES, num_sms
 from cutedsl.kernels.quantize_sm100 import NARROW_LOAD, WIDE_LOAD
 from cutedsl.kernels.round_block import PART
@@ -143,7 +143,10 @@ class QuantizeSm90:
         num_ctas = cutlass.min(cute.ceil_div(num_items * num_parts, THREADS), max_ctas)
         parts = cute.fast_divmod_create_divisor_v2(num_parts)
         self.kernel(mX, mTensorScale, mOut, mSF, mSlotToken, mSlotRow, mNumSlots, mTileExpert, parts).launch(
-            grid=(num_ctas, cute.size(mX, mode=[1]), 1), block=(THREADS, 1, 1), stream=stream
+            grid=(num_ctas, cute.size(mX, mode=[1]), 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            use_pdl=hopper.USE_PDL,
         )
 
     @cute.kernel
@@ -160,10 +163,12 @@ class QuantizeSm90:
         parts: cute.FastDivmodDivisorV2,
     ) -> None:
         """Walks the parts of all rows; both parts of a block are in one pair of lanes, in the same step."""
+        hopper.launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
         cta, group, _ = cute.arch.block_idx()
         step = cute.arch.grid_dim()[0] * THREADS
         num_items = cute.size(mX, mode=[0])
+        hopper.wait_for_prerequisites()
         if cutlass.const_expr(self.config.by_slot):
             num_items = mNumSlots[0]
         for index in cutlass.range(cta * THREADS + thread, num_items * parts.divisor, step, unroll=1):

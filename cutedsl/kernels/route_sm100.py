@@ -195,6 +195,11 @@ class RouteSm100:
     def __init__(self, config: Config) -> None:
         self.config = config.validate()
 
+    @property
+    def use_pdl(self) -> bool:
+        """Launches overlap: see `hopper`, of which alone this is made use of."""
+        return False
+
     @cute.jit
     def __call__(
         self,
@@ -219,7 +224,7 @@ class RouteSm100:
         """
         shape = (self.config.num_ctas, 1, 1)
         self.kernel(mIds, mMap, mSlotToken, mSlotRow, mChoiceRow, mCount, mPaddedOffset, mTileExpert, mNumSlots).launch(
-            grid=shape, block=(THREADS, 1, 1), cluster=shape, stream=stream
+            grid=shape, block=(THREADS, 1, 1), cluster=shape, stream=stream, use_pdl=self.use_pdl
         )
 
     @cute.kernel
@@ -236,6 +241,8 @@ class RouteSm100:
         mNumSlots: cute.Tensor,
     ) -> None:
         """Count, exchange, scan, hand out: every thread takes part in each."""
+        if cutlass.const_expr(self.use_pdl):
+            cute.arch.griddepcontrol_launch_dependents()
         num_choices, num_experts = cute.size(mSlotToken), cute.size(mCount)
         smem = self._allocate_smem()
         place = self._place(num_choices)
@@ -243,6 +250,8 @@ class RouteSm100:
 
         for warp in cutlass.range_constexpr(WARPS):
             smem.sCount[place.thread, warp] = 0
+        if cutlass.const_expr(self.use_pdl):
+            cute.arch.griddepcontrol_wait()
         cute.arch.sync_threads()
         self._count(bins, smem, place)
         cute.arch.sync_threads()

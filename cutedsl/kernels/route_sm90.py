@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from cutedsl import compile as compiler
-from cutedsl.kernels import route_sm100
+from cutedsl.kernels import hopper, route_sm100
 from cutedsl.kernels.hopper import ARCHS
 from cutedsl.kernels.route_sm100 import Route, check, cluster_size, route_sizes
 
@@ -37,6 +37,11 @@ class RouteSm90(route_sm100.RouteSm100):
     Args:
         config: validated here.
     """
+
+    @property
+    def use_pdl(self) -> bool:
+        """Launches overlap: see `hopper`."""
+        return hopper.USE_PDL
 
 
 def route(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: Route) -> None:

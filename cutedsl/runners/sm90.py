@@ -351,7 +351,7 @@ def _launch(
     sums = buffers.take("sums", torch.int32, grouped_gemm_sm90.sums_elements(a.device))
     grouped_gemm_sm90.grouped_gemm(
         a, operand.weight, operand.weight_scale, operand.alpha, groups.count, groups.padded_offset, out,
-        tokens=groups.tokens, sums=sums, **more,
+        tokens=groups.tokens, sums=sums, constant_rows=groups.constant, **more,
     )  # fmt: skip
 
 

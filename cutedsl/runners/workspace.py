@@ -95,12 +95,14 @@ class Groups:
         padded_offset: (G + 1,) int32.
         count: (G,) int32.
         tokens: of the largest group, as far as the host can tell.
+        constant: no kernel writes them.
     """
 
     tile_expert: torch.Tensor
     padded_offset: torch.Tensor
     count: torch.Tensor
     tokens: int
+    constant: bool = False
 
 
 def guess_tokens(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -152,7 +154,7 @@ class EqualGroups:
         if num_tiles > len(self._tables):
             self._grow(num_tiles)
         tile_expert, padded_offset, counts = self._tables[num_tiles - 1]
-        return Groups(tile_expert, padded_offset, counts[(num_tokens - 1) % TILE_ROWS], num_tokens)
+        return Groups(tile_expert, padded_offset, counts[(num_tokens - 1) % TILE_ROWS], num_tokens, constant=True)
 
     def _grow(self, num_tiles: int) -> None:
         if _capturing(self.device):
@@ -165,6 +167,9 @@ class EqualGroups:
         for tiles in range(len(self._tables) + 1, num_tiles + 1):
             counts = (row + (tiles - 1) * TILE_ROWS).repeat_interleave(self.num_groups).view(TILE_ROWS, -1)
             self._tables.append((group[:-1].repeat_interleave(tiles), group * (tiles * TILE_ROWS), counts))
+        if self.device.type == "cuda":
+            # Kernels read constants before they wait for others: see `cutedsl.kernels.hopper`.
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from gpu_kit import (
 )
 
 import cutedsl.ops
+from cutedsl import compile as compiler
 from cutedsl.reference.linear import linear_fp32
 from cutedsl.reference.shared_expert import expert_fp32
 from cutedsl.routing import local_expert_ids
@@ -339,6 +340,42 @@ def test_a_call_allocates_its_output_alone_and_never_waits(activations: str, kin
     make, arguments, inputs = KINDS[kind]
     runner = built(make, arguments(), activations)
     assert_quiet(lambda *args: getattr(OPS, kind)(*args, runner.runner_id), *inputs(tokens, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_close_together_give_what_launches_one_at_a_time_give(
+    monkeypatch: pytest.MonkeyPatch, activations: str, kind: str
+) -> None:
+    # On Hopper a kernel may begin before the ones before it have ended, and all calls use the same buffers.
+    make, arguments, inputs = KINDS[kind]
+    runner, op = built(make, arguments(), activations), getattr(OPS, kind)
+    given = [inputs(tokens, seed) for seed, tokens in enumerate((1, 200, 2, 64, 1, 1, 7, 129) * 4)]
+    runner(*inputs(256, 0))
+    compiled = compiler.compiled
+
+    def one_at_a_time(*arguments: Any) -> Callable[..., None]:
+        def launch(*launched: Any) -> None:
+            compiled(*arguments)(*launched)
+            torch.cuda.synchronize()
+
+        return launch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "compiled", one_at_a_time)
+        expected = [op(*args, runner.runner_id) for args in given]
+    # While the GPU waits the launches queue up.
+    torch.cuda._sleep(50_000_000)
+    for y, wanted in zip([op(*args, runner.runner_id) for args in given], expected, strict=True):
+        assert_same("calls close together", y, wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [op(*args, runner.runner_id) for args in given]
+    for _ in range(20):
+        for y in outputs:
+            y.fill_(float("nan"))
+        graph.replay()
+        for y, wanted in zip(outputs, expected, strict=True):
+            assert_same("a replay of calls close together", y, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,6 +84,7 @@ def run(
     target: str = "sm_100a",
     resident: int | None = None,
     directives: str = "",
+    attributes: dict[str, int] | None = None,
     max_instructions: int = 50_000_000,
 ) -> ptxsim.Report:
     """Simulates one launch of a kernel with this body."""
@@ -97,6 +98,7 @@ def run(
         cluster=(cluster, 1, 1),
         shared_bytes=shared,
         params=(*(b.address.to_bytes(8, "little") for b in memory), *packed),
+        attributes=attributes or {},
     )
     return ptxsim.simulate(
         launch, memory, policy=policy, seed=seed, resident_clusters=resident, max_instructions=max_instructions

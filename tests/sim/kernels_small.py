@@ -19,6 +19,8 @@ def copy_kernel(source: cute.Tensor, target: cute.Tensor, scale: cutlass.Float32
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     i = block * THREADS + thread
+    # copy_twice launches it so that it may begin before the launch before it has ended.
+    cute.arch.griddepcontrol_wait()
     if i < cute.size(target):
         target[i] = (source[i] * scale).to(target.element_type)
 

@@ -146,7 +146,7 @@ def test_run_raises_for_findings_unless_told_not_to(twice):
     with pytest.raises(ptxsim.FindingsError, match="uninitialised-read"):
         ptxsim.run(twice["jit"], source, target, 3.0, twice["stream"], outputs=(source, target))
     report = ptxsim.run(twice["jit"], source, target, 3.0, twice["stream"], outputs=(source, target), check=False)
-    assert report.findings[0].source.endswith("kernels_small.py:23")
+    assert report.findings[0].source.endswith("kernels_small.py:25")
 
 
 def test_text_and_json_timelines():

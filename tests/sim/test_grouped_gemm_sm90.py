@@ -25,6 +25,7 @@ from cutedsl.prepare_sm90 import Operand, prepare_experts
 from cutedsl.quantize import quantize_weight, unscaled_activation
 from cutedsl.reference.linear import unscaled_mm
 from cutedsl.reference.swiglu import swiglu
+from ptxsim import findings
 from ptxsim.testing import POLICIES
 
 __all__ = ["on_hopper"]
@@ -111,8 +112,11 @@ def launch(
     p, reports, compiled = problem, [], gemm.compiled
     # Lazy puts off loads as long as any warp can do something, and one that polls always can: there CTAs run one by one.
     most = 1 if config.even and policy == "lazy" else None
-    more = {"resident_clusters": most, "n": p.y.shape[1], "tokens": 1} | more
+    more = {"resident_clusters": most, "n": p.y.shape[1], "tokens": 1, "constant_rows": len(p.count) == 1} | more
     options = {"policy": policy, "seed": seed, "resident_clusters": more.pop("resident_clusters")}
+    # What may be read while earlier kernels still run.
+    constants = (p.operand.weight, p.operand.weight_scale, p.count)
+    options["constant"] = more.pop("constant", constants if more["constant_rows"] else ())
 
     def simulated(config: Config) -> Callable[..., None]:
         return lambda *args: reports.append(ptxsim.run(compiled(config), *args, **options))
@@ -337,7 +341,7 @@ def test_groups_of_columns(config: Config, tokens: int) -> None:
     d = wide[:, 8 : 8 + groups * n]
     launch(
         config, problem, d, None, policy_of(tokens), 0,
-        d_group_rows=padded, d_group_columns=n, max_active_clusters=3,
+        d_group_rows=padded, d_group_columns=n, constant_rows=tokens > 1, max_active_clusters=3,
     )  # fmt: skip
     expected = torch.cat([problem.y[g * padded : g * padded + tokens] for g in range(groups)], dim=1)
     assert torch.equal(d, expected.bfloat16())
@@ -372,6 +376,40 @@ def test_one_expert_is_a_linear(matrix) -> None:
         return result.report
 
     matrix(case, config=[BF16_CONFIGS[0], EVEN_CONFIGS[0]])
+
+
+# ---- launches that overlap ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [BF16_CONFIGS[0], BF16_CONFIGS[4], SWIGLU_CONFIGS[2], EVEN_CONFIGS[0], EVEN_CONFIGS[3]], ids=name
+)
+def test_weights_are_loaded_early(matrix, config: Config) -> None:
+    # Fewer steps of K than stages, as many, and more; a CTA with several tiles, and one with none.
+    shapes = [((9,), 160, 256, 2), ((3, 0, 20), 288, 3 * 128, 1), ((1,), 160, 1152, 3), ((0, 0), 160, 96, 2)]
+
+    def case(policy: str, seed: int, shape: Shapes) -> ptxsim.Report:
+        counts, n, k, clusters = shape
+        problem = make_problem(counts, n, k, config.epilogue)
+        result = run(config, problem, clusters, policy, seed, constant_rows=True)
+        assert_right(config, problem, result, None, exact=True)
+        return result.report
+
+    matrix(case, shape=shapes)
+
+
+@pytest.mark.parametrize("config", [BF16_CONFIGS[0], EVEN_CONFIGS[0]], ids=name)
+def test_what_is_read_early_is_what_is_constant(config: Config) -> None:
+    # The simulator reports each of the three if it is not said to be constant; without constant_rows nothing.
+    problem = make_problem((9, 0, 3), 160, 544, BF16)
+    constants = (problem.operand.weight, problem.operand.weight_scale, problem.count)
+    for left_out in range(len(constants)):
+        constant = constants[:left_out] + constants[left_out + 1 :]
+        with pytest.raises(ptxsim.FindingsError) as caught:
+            run(config, problem, 2, "eager", 0, constant_rows=True, constant=constant)
+        assert caught.value.report.codes() == {findings.BEFORE_WAIT}
+    run(config, problem, 2, "eager", 0, constant_rows=True, constant=constants)
+    run(config, problem, 2, "eager", 0, constant_rows=False, constant=())
 
 
 # ---- how much work there is -----------------------------------------------------------------------------------------

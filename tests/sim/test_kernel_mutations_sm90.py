@@ -31,6 +31,7 @@ plain = kernel("bf16", ((9, 0, 3), 136, 544, 1), "bf16", 128, 8)
 pair = kernel("bf16, pairs", ((20, 0, 3), 264, 544, 1), "bf16", 128, 16, cluster_w=2)
 quantized = kernel("swiglu_nvfp4", ((9, 0, 3), 160, 272, 1), "swiglu_nvfp4", 128, 8)
 even = kernel("bf16, even", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 8, even=True)
+one_group = kernel("bf16, one group", ((9,), 136, 544, 1), "bf16", 128, 8)
 flagged = kernel("bf16, even with flags", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 64, even=True)
 
 RACE = "race | in-flight-access | uninitialised-read | barrier-overarrival | deadlock"
@@ -86,6 +87,12 @@ PLAIN = [
     source("one token too many stored", WRONG, "(tile_token < place.num_tokens)", "(tile_token <= place.num_tokens)"),
     source("last column left out", WRONG, "(column < num_columns)", "(column < num_columns - 8)"),
     source("sums of the tile before kept", WRONG, "            acc.fill(0.0)\n", ""),
+    source(
+        "tokens are counted before the wait",
+        findings.BEFORE_WAIT,
+        "        if constant_rows == 0:\n            hopper.wait_for_prerequisites()\n",
+        "",
+    ),
     source("tokens of another tile", WRONG, "% num_token_tiles * self.config.tile_n)", "% 1 * self.config.tile_n)"),
 ]
 PAIR = [
@@ -133,7 +140,44 @@ FLAGGED = [
     source("flag not set back", WRONG, "            cute.arch.store(flag, cutlass.Int32(0))\n", ""),
 ]
 
-MUTANTS = [(plain, PLAIN), (pair, PAIR), (quantized, QUANTIZED), (even, EVEN), (flagged, FLAGGED)]
+# Its weights are loaded before the wait.
+ONE_GROUP = [
+    source(
+        "tokens are loaded before the wait",
+        findings.BEFORE_WAIT,
+        "                hopper.wait_for_prerequisites()\n"
+        "                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles, num_early)\n",
+        "                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles, num_early)\n"
+        "                hopper.wait_for_prerequisites()\n",
+    ),
+    source(
+        "consumers do not wait",
+        findings.BEFORE_WAIT,
+        "            hopper.wait_for_prerequisites()\n            cute.arch.setmaxregister_increase",
+        "            cute.arch.setmaxregister_increase",
+    ),
+    source(
+        "a stage too many loaded early",
+        RACE,
+        "cutlass.min(end_k - first_k, self.config.num_stages)",
+        "cutlass.min(end_k - first_k, self.config.num_stages + 1)",
+    ),
+    source(
+        "weights of an early step loaded again",
+        RACE,
+        "                    num_early -= 1\n",
+        "                    num_early = cutlass.Int32(0)\n",
+    ),
+]
+
+MUTANTS = [
+    (plain, PLAIN),
+    (pair, PAIR),
+    (quantized, QUANTIZED),
+    (even, EVEN),
+    (flagged, FLAGGED),
+    (one_group, ONE_GROUP),
+]
 # The simulator does not notice. Who leaves sums has them at the start of its share and who adds them at the end, so that they
 # are there in time in all runs here; and it does not need a release for others to see what was stored before.
 MISSED = [

@@ -1,14 +1,86 @@
 import numpy as np
 import pytest
-from asm_kit import clean, codes, run, wait
+from asm_kit import aligned, clean, codes, run, wait
 
 from ptxsim.findings import Unsupported
+from ptxsim.memory import Buffer
 
 POLICIES = ("eager", "random", "lazy")
 
 
 def test_griddepcontrol():
     clean("griddepcontrol.wait; griddepcontrol.launch_dependents;")
+
+
+# What may be done before griddepcontrol.wait, if launches overlap.
+
+OVERLAP = {"attributes": {"programmatic_stream_serialization": 1}}
+LOAD, STORE = "ld.global.u32 %r0, [%g0];", "st.global.u32 [%g0], 7;"
+LOAD_LANES = "mul.wide.u32 %d0, %lane, 4; add.u64 %d0, %d0, %g0; ld.global.u32 %r0, [%d0];"
+STORE_LANES = LOAD_LANES.replace("ld.global.u32 %r0, [%d0]", "st.global.u32 [%d0], %lane")
+BULK_LOAD = f"""
+@%first mbarrier.init.shared.b64 [%sm], 1;
+@%first fence.mbarrier_init.release.cluster;
+bar.sync 0;
+@%first mbarrier.arrive.expect_tx.shared.b64 _, [%sm], 64;
+@%first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%sm+64], [%g0], 64, [%sm];
+{wait("%sm", 0)}
+"""
+BULK_STORE = """
+st.shared.u32 [%sm], 7;
+st.shared.u32 [%sm+4], 7;
+st.shared.u32 [%sm+8], 7;
+st.shared.u32 [%sm+12], 7;
+fence.proxy.async;
+@%first cp.async.bulk.global.shared::cta.bulk_group [%g0], [%sm], 16;
+@%first cp.async.bulk.commit_group;
+@%first cp.async.bulk.wait_group 0;
+"""
+READS = [LOAD, LOAD_LANES, BULK_LOAD]
+WRITES = [STORE, STORE_LANES, BULK_STORE, "atom.global.add.u32 %r0, [%g0], 1;"]
+
+
+def words(constant=False):
+    return [Buffer.of(aligned(np.zeros(32, np.uint32)), "words", constant=constant)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("access", READS + WRITES)
+def test_access_before_the_wait(access, policy):
+    wait_first, wait_last = f"griddepcontrol.wait; {access}", f"{access} griddepcontrol.wait;"
+    clean(wait_first, words(), policy=policy, **OVERLAP)
+    assert codes(wait_last, words(), policy=policy, **OVERLAP) == {"access-before-wait"}
+    assert codes(access, words(), policy=policy, **OVERLAP) == {"access-before-wait"}
+    # Launched without the attribute it begins when all before it have ended.
+    clean(wait_last, words(), policy=policy)
+
+
+@pytest.mark.parametrize("access", READS + WRITES)
+def test_constants_may_be_read_before_the_wait(access):
+    found = codes(f"{access} griddepcontrol.wait;", words(constant=True), **OVERLAP)
+    assert found == (set() if access in READS else {"access-before-wait"})
+
+
+def test_a_message_says_what_was_touched():
+    (finding,) = run(STORE, words(), **OVERLAP).findings
+    assert "write to words at byte 0 of 128 before griddepcontrol.wait" in finding.message
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_warp_that_is_ordered_behind_one_that_waits_need_not_wait(policy):
+    """Warp 0 waits, then both meet, then warp 1 stores; without the meeting, or with it before the wait, it must not."""
+    body = "setp.ne.u32 %p1, %warp, 0; @%p1 bra other; {first} bar.sync 0; {then} ret; other: bar.sync 0; " + STORE
+    waits = "griddepcontrol.wait;"
+    options = {"block": 64, "policy": policy, **OVERLAP}
+    clean(body.format(first=waits, then=""), words(), **options)
+    assert codes(body.format(first="", then=waits), words(), **options) == {"access-before-wait"}
+    assert codes(body.format(first=waits, then="").replace("bar.sync 0;", ""), words(), **options) == {
+        "access-before-wait"
+    }
+
+
+def test_prefetches_and_shared_memory_need_no_wait():
+    clean("prefetch.global.L2 [%g0]; st.shared.u32 [%sm], 1; ld.shared.u32 %r0, [%sm];", words(), **OVERLAP)
 
 
 # setmaxnreg

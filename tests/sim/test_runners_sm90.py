@@ -62,6 +62,8 @@ class Simulator:
     def __init__(self, policy: str = "eager") -> None:
         self.policy = policy
         self.launched: list[str] = []
+        # Of each GEMM: whether its weights are loaded while earlier kernels still run.
+        self.early: list[bool] = []
         self._compiled = compiler.compiled
 
     def compiled(self, kernel: type, *arguments: Any) -> Callable[..., None]:
@@ -70,7 +72,17 @@ class Simulator:
 
         def launch(*args: Any) -> None:
             self.launched.append(name)
-            ptxsim.run(function, *args, outputs=outputs(name, args), policy=self.policy, seed=len(self.launched))
+            if name == "GroupedGemm":
+                self.early.append(bool(args[14]))
+            seed = len(self.launched)
+            ptxsim.run(
+                function,
+                *args,
+                outputs=outputs(name, args),
+                constant=constants(name, args),
+                policy=self.policy,
+                seed=seed,
+            )
 
         return launch
 
@@ -84,6 +96,12 @@ def outputs(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     if name == "GroupedGemm" and args[6].is_contiguous() and int(args[4].sum()) == len(args[6]):
         return [args[6]]
     return []
+
+
+def constants(name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """Of a launch's arguments what may be read while earlier launches still run: of equal groups weights and counts."""
+    early = name == "GroupedGemm" and args[14]
+    return (args[1], args[2], args[4]) if early else ()
 
 
 @pytest.fixture
@@ -163,6 +181,7 @@ def test_linear(
     spans = {(0,): [1], (0, 0): [1], (0, 1, 0): [2, 1], (0, 1): [1, 1]}[tuple(scales)]
     expected = [name for count in spans for name in ("Quantize", *["GroupedGemm"] * count)]
     assert simulator.launched == (expected if activations == "nvfp4" else ["GroupedGemm"])
+    assert all(simulator.early)
 
 
 @pytest.mark.parametrize("activations", MODES)
@@ -210,6 +229,7 @@ def test_shared_expert(
     assert_middle(h, exact_h, reference.down)
     assert_close(y, multiplied(h, reference.down))
     assert simulator.launched == ["Quantize"] * (activations == "nvfp4") + ["GroupedGemm"] * 2
+    assert all(simulator.early)
 
 
 # ---- routed experts -------------------------------------------------------------------------------------------------
@@ -277,6 +297,7 @@ def test_moe(
     expected = OPS.moe(x, weights, ids.to(dtype), reference.runner_id).double()
     assert (y.double() - expected).norm() <= 2.0**-7 * expected.norm()
     assert simulator.launched == ["Route", "Quantize", "GroupedGemm", "GroupedGemm", "Finalize"]
+    assert not any(simulator.early)
 
 
 @pytest.mark.parametrize("activations", MODES)
@@ -328,6 +349,7 @@ def test_wo_a(
     assert (y != expected).double().mean() <= 0.005
     assert_close(y, expected)
     assert simulator.launched == ["InverseRopeQuantize", "GroupedGemm"]
+    assert all(simulator.early)
 
 
 # ---- what surrounds the kernels -------------------------------------------------------------------------------------

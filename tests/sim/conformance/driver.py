@@ -30,6 +30,7 @@ class Call:
         check: raises AssertionError if the outputs are wrong.
         outputs: tensors that the kernel writes completely.
         memory: further tensors that it may access.
+        constant: of all these the ones that it reads before griddepcontrol.wait: weights, and what belongs to them.
     """
 
     compiled: Any
@@ -37,6 +38,7 @@ class Call:
     check: Callable[[], None]
     outputs: tuple[torch.Tensor, ...] = ()
     memory: tuple[torch.Tensor, ...] = ()
+    constant: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Case:
             *call.args,
             outputs=call.outputs,
             memory=call.memory,
+            constant=call.constant,
             policy=policy,
             seed=seed,
         )

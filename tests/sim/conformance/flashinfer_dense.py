@@ -50,7 +50,7 @@ def prepare_mm_fp4(
     scales = [pointer(cutlass.Float8E4M3FN, tensor) for tensor in tensors[2:4]]
     sizes = (-(-m // 128), -(-n // 128), -(-k // 64))
     args = (*tensors[:2], c.as_strided(c.shape, (1, n)) if swap else c, *sizes, *scales, tensors[4])
-    return Call(compile_mm_fp4(tile, cluster, prefetch, swap), args, check, (c,), tensors)
+    return Call(compile_mm_fp4(tile, cluster, prefetch, swap), args, check, (c,), tensors, constant=tensors[4:])
 
 
 def _masked_pointers(tensors: tuple[torch.Tensor | None, ...]) -> list[Any]:
@@ -186,7 +186,7 @@ def prepare_low_latency(
     sizes = tuple(cutlass.Int32(size) for size in (m, n, k, 1))
     args = (*_low_latency_pointers(form, (*tensors, c, *rest)), sizes, stream())
     compiled = compile_low_latency(form, columns, split_k, through_registers)
-    return Call(compiled, args, check, (c,), (*tensors, *rest))
+    return Call(compiled, args, check, (c,), (*tensors, *rest), constant=(*tensors[:2], rest[0]))
 
 
 def _mixed_pointers(tensors: tuple[torch.Tensor | None, ...]) -> list[Any]:
@@ -235,7 +235,7 @@ def prepare_bf16_fp4(seed: int, nightly: bool, tile: tuple[int, int, int], clust
         references.assert_rounded(out, exact)
 
     args = (*_mixed_pointers((*inputs, out)), n, tokens, k, stream())
-    return Call(compile_bf16_fp4(tile, cluster), args, check, (out,), inputs)
+    return Call(compile_bf16_fp4(tile, cluster), args, check, (out,), inputs, constant=(*inputs[:2], inputs[3]))
 
 
 def _case(name: str, prepare: Any, *args: Any, nightly_only: bool = False, policies: Policies = POLICIES) -> Case:
