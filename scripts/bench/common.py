@@ -201,26 +201,27 @@ class Budget:
 
 
 class Ceilings(NamedTuple):
-    """What this GPU does best, measured: bytes per second of a large copy, FLOP per second of a BF16 matrix product."""
+    """What this GPU does best, measured: bytes per second read or copied, FLOP per second of a BF16 matrix product."""
 
     hbm_bytes_per_s: float
     bf16_flop_per_s: float
 
 
 def ceilings(device: torch.device, rounds: int = 7) -> Ceilings:
-    """A copy of COPY_BYTES, counted as read and written, and a product of random BF16 matrices of MATMUL_SIZE squared.
+    """Of COPY_BYTES the faster of a copy, counted as read and written, and of a sum, and a product of random BF16 matrices of
+    MATMUL_SIZE squared.
 
     The medians of so many rounds; tiny sizes on a CPU.
     """
     small = device.type != "cuda"
     num_bytes, size = (1 << 20, 128) if small else (COPY_BYTES, MATMUL_SIZE)
-    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
+    source = torch.rand(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    variants = [Variant("copy", [lambda: target.copy_(source)]), Variant("matmul", [lambda: a @ b])]
-    times = interleaved(variants, rounds, device)
-    copy, matmul = (statistics.median(times[name]) for name in ("copy", "matmul"))
-    return Ceilings(2 * num_bytes / copy, 2 * size**3 / matmul)
+    calls = {"copy": lambda: target.copy_(source), "sum": lambda: source.sum(), "matmul": lambda: a @ b}
+    times = interleaved([Variant(name, [call]) for name, call in calls.items()], rounds, device)
+    copy, total, matmul = (statistics.median(times[name]) for name in calls)
+    return Ceilings(max(2 * num_bytes / copy, num_bytes / total), 2 * size**3 / matmul)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -307,7 +308,7 @@ class Table:
     def print(self) -> None:
         """The table, a line each."""
         hbm, bf16 = self.limits.hbm_bytes_per_s / 1e12, self.limits.bf16_flop_per_s / 1e12
-        print(f"{self._common['gpu']}, driver {self._common['driver']}: {hbm:.2f} TB/s copied, {bf16:.0f} BF16 TFLOP/s")
+        print(f"{self._common['gpu']}, driver {self._common['driver']}: {hbm:.2f} TB/s, {bf16:.0f} BF16 TFLOP/s")
         heads = [*COLUMNS, *(f"x_{peer}" for peer in PEERS)]
         lines = [heads] + [[_cell(row.get(head, "")) for head in heads] for row in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
