@@ -23,7 +23,7 @@ test: env .conformance/.stamp  ## everything that needs no GPU: lint, types, tes
 	@$(TEST_ENV) $(PY) -m pytest tests/cpu tests/sim -n 2 --dist loadfile
 
 test-fast: env  ## tests/cpu without the ones that start an engine
-	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine"
+	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine and not parallel"
 
 test-sim: env .conformance/.stamp  ## tests/sim: kernels compiled for GPUs, executed from their PTX on this CPU
 	@$(TEST_ENV) $(PY) -m pytest tests/sim -n 2 --dist loadfile
@@ -40,7 +40,7 @@ test-modelopt: env  ## against NVIDIA ModelOpt itself, in an environment of its 
 	@$(TEST_ENV) NVFP4_MODELOPT_PYTHON=$(CURDIR)/.venv-modelopt/bin/python $(PY) -m pytest tests/modelopt
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in its own environment with vLLM for CUDA and this package
-	@python3 -m pytest tests/gpu -m "not engine"
+	@python3 -m pytest tests/gpu -m "not engine and not parallel"
 
 image:  ## the image, with docker, podman or buildah; FLAVOR=cpu: the one that needs no GPU
 	@scripts/image_build.sh $(FLAVOR)

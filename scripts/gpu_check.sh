@@ -2,8 +2,8 @@
 # Everything that is shown on a GPU, with logs that say on what: scripts/gpu_check.sh OUT_DIR [STEP ...]
 #
 # Steps: tests (kernels and runners), memcheck, racecheck (compute-sanitizer), linear, moe (benchmarks); with vLLM for CUDA
-# engine and midsize (a random checkpoint of V4-Pro's shapes, served and measured). Default: tests memcheck racecheck. Each
-# writes OUT_DIR/STEP.log, benchmarks OUT_DIR/STEP.jsonl too, midsize OUT_DIR/midsize.json.
+# engine, parallel (two GPUs) and midsize (a random checkpoint of V4-Pro's shapes, served and measured). Default: tests,
+# memcheck, racecheck. Each writes OUT_DIR/STEP.log, benchmarks OUT_DIR/STEP.jsonl too, midsize OUT_DIR/midsize.json.
 #
 #   PYTHON          interpreter, default python3
 #   NVFP4_AOT_DIR   kernels built ahead of time; without it they are compiled by CuTe DSL
@@ -14,7 +14,7 @@
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,13s/^# \?//p' "$0" >&2
+    sed -n '2,14s/^# \?//p' "$0" >&2
     exit 64
 fi
 out=$(realpath -m "$1")
@@ -55,7 +55,8 @@ failed=()
 for step in "${steps[@]}"; do
     sanitizer=(compute-sanitizer --error-exitcode 1 --tool)
     case $step in
-    tests) command=("$PYTHON" -m pytest tests/gpu -m "not engine" -q --durations=10) ;;
+    tests) command=("$PYTHON" -m pytest tests/gpu -m "not engine and not parallel" -q --durations=10) ;;
+    parallel) command=("$PYTHON" -m pytest tests/gpu -m parallel -q -s) ;;
     engine) command=("$PYTHON" -m pytest tests/gpu -m engine -q -s) ;;
     midsize) command=(midsize) TAIL=${TAIL:-45} ;;
     memcheck) command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" memcheck --report-api-errors no "$PYTHON" tests/gpu/sanitize.py) ;;
