@@ -23,7 +23,7 @@ test: env .conformance/.stamp  ## everything that needs no GPU: lint, types, tes
 	@$(TEST_ENV) $(PY) -m pytest tests/cpu tests/sim -n 2 --dist loadfile
 
 test-fast: env  ## tests/cpu without the ones that start an engine
-	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine and not parallel"
+	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine"
 
 test-sim: env .conformance/.stamp  ## tests/sim: kernels compiled for GPUs, executed from their PTX on this CPU
 	@$(TEST_ENV) $(PY) -m pytest tests/sim -n 2 --dist loadfile

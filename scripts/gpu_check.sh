@@ -14,7 +14,7 @@
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,14s/^# \?//p' "$0" >&2
+    sed -n '2,13s/^# \?//p' "$0" >&2
     exit 64
 fi
 out=$(realpath -m "$1")
