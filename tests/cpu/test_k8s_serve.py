@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import make_serve
 import pytest
-import serve
 from rehearsal import K8S, pod_template, rendered
 from serving import free_port
 
 # By path: another module of the tests has its name.
-serving_bench = SimpleNamespace(**runpy.run_path(str(K8S.parent / "scripts" / "bench" / "serving.py")))
+serving_bench = SimpleNamespace(**runpy.run_path(str(K8S.parent / "scripts" / "bench" / "serve.py")))
 SCRIPT = K8S.parent / "scripts" / "serve.sh"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 GROUP = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "nvfp4-group-0.nvfp4-group.ns"}
@@ -161,21 +161,25 @@ def test_the_benchmark_hands_the_key_on_in_the_environment(monkeypatch: pytest.M
 
 def test_the_printed_line_carries_a_key_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert "Authorization" not in serve.curl_line("127.0.0.1", 8000, Path("/m"))
+    assert "Authorization" not in make_serve.curl_line("127.0.0.1", 8000, Path("/m"))
     monkeypatch.setenv("VLLM_API_KEY", "the-key")
-    line = serve.curl_line("127.0.0.1", 8000, Path("/m"))
+    line = make_serve.curl_line("127.0.0.1", 8000, Path("/m"))
     assert "the-key" not in line
     shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
     assert "Authorization: Bearer the-key" in shown.splitlines()
 
 
 def test_make_serve_goes_the_same_way(programs: Path, tmp_path: Path) -> None:
-    """scripts/serve.py starts serve.sh, which starts the `nvfp4` beside the interpreter."""
+    """scripts/make_serve.py starts serve.sh, which starts the `nvfp4` beside the interpreter."""
     fake = programs / "python"
     fake.symlink_to(sys.executable)
     port = free_port()
     model = tmp_path / "m"
-    command = [sys.executable, "-c", f"import sys; sys.executable = {str(fake)!r}; import serve; serve.main()"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.executable = {str(fake)!r}; import make_serve; make_serve.main()",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     flags = ["--model", str(model), "--port", str(port), "--", "--max-num-seqs", "2"]
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)
