@@ -62,7 +62,7 @@ class Node:
 
 ALONE = Node()
 # Phases with all weights in place; what follows is vLLM's, which leads all ranks through it together.
-THROUGH = (status.LOADED, status.WARM, status.UPSTREAM, status.CAPTURING, status.READY)
+THROUGH = (status.LOADED, status.WARM, status.UPSTREAM, status.STEPPING, status.CAPTURING, status.READY)
 
 
 class Machine(Protocol):

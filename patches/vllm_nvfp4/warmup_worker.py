@@ -1,6 +1,7 @@
 """What a rank does behind its load, as phases: vLLM's own warm-up, graph capture, ready; and what is compiled after that.
 
     warming vLLM up    compile_or_warm_up_model has begun; nothing to count
+    warming steps      ours of all (warmup_steps.py); absent on CPUs and with --enforce-eager
     capturing graphs   graphs done of all, the draft model's included; absent on CPUs and with --enforce-eager
     ready              the rank waits for steps; from here a compilation is counted by backend and kernel
 
@@ -24,7 +25,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_nvfp4 import metrics
+from vllm_nvfp4 import metrics, warmup_steps
 from vllm_nvfp4.status import CAPTURING, READY, UPSTREAM, Status
 
 _status = Status("")
@@ -47,7 +48,7 @@ def follow(vllm_config: Any, status: Status) -> None:
     @functools.wraps(warm_up)
     def compile_or_warm_up_model(self: Any) -> Any:
         _status.update(UPSTREAM)
-        with counted_graphs(self.model_runner, _status):
+        with warmup_steps.before_capture(self, _status), counted_graphs(self.model_runner, _status):
             times = warm_up(self)
         count_compilations(_status.rank)
         metrics.publish(_status.rank)

@@ -48,6 +48,7 @@ def test_what_is_written(tmp_path: Path, clock: Clock) -> None:
         "phase_started_monotonic_s": 1010.0,
         "pid": os.getpid(),
         "rank": 0,
+        "reason": "",
     }
     heartbeat.update("loaded", 1, 1, "model")
     found = read(tmp_path / "beat")
