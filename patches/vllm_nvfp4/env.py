@@ -36,7 +36,9 @@ AOT_DIR = Variable(
 SIDE_PORT = Variable("NVFP4_SIDE_PORT", "", "port of the metrics that exist while the model loads; none by default")
 
 WARMUP = Variable(
-    "NVFP4_WARMUP", "steps", "off; steps, before HTTP answers; or sweep: steps, and ready only when requests prove warmth"
+    "NVFP4_WARMUP",
+    "steps",
+    "off; steps, before HTTP answers; or sweep: steps, and ready only when requests prove warmth",
 )
 WARMUP_MODES = ("off", "steps", "sweep")
 

@@ -128,6 +128,17 @@ def _read(file: Path) -> State:
         raise ValueError(f"{file} is not a heartbeat ({error}); let nothing else write there") from error
 
 
+def write_limits(path: str, limits: dict[str, int]) -> None:
+    """Say what an engine was started with, for scripts/warmup.py in the same container; its names."""
+    _write(Path(f"{path}.limits"), json.dumps(limits))
+
+
+def read_limits(path: str) -> dict[str, int]:
+    """What `write_limits` said; nothing before an engine is warm."""
+    file = Path(f"{path}.limits")
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def mark(path: str, event: str) -> None:
     """Remember that `event` happened now."""
     _write(Path(f"{path}.{event}"), repr(time.monotonic()))
@@ -145,7 +156,7 @@ def reset(path: str) -> None:
     """Forget an earlier server: a container that restarts finds the files of the one before, in the same volume."""
     base = Path(path)
     base.parent.mkdir(parents=True, exist_ok=True)
-    ours = re.compile(re.escape(base.name) + rf"(\.(front|sweep|rank\d+|{HEALTHY}|{ANSWERED}))?(\.\d+\.tmp)?")
+    ours = re.compile(re.escape(base.name) + rf"(\.(front|sweep|limits|rank\d+|{HEALTHY}|{ANSWERED}))?(\.\d+\.tmp)?")
     for file in base.parent.iterdir():
         if ours.fullmatch(file.name):
             file.unlink(missing_ok=True)

@@ -31,8 +31,8 @@ TILE_TOKENS = 64  # DeepGEMM's; see mhc/tilelang_kernels.py:compute_num_split
 SCHEDULE_ROWS = 32
 LEAST_TOKENS = 3  # a decode, and a prefill that is none
 INDEXER_RATIO = 4  # tokens of an entry that the indexer chooses from
-# How many log-probabilities: with the sampled token's own that is each power of two up to 32, the widths that have kernels, and
-# 1 and 16, which Triton compiles apart. vLLM's warm-up asks for 5.
+# How many log-probabilities. With the sampled token's own, their number rounded up to a power of two decides the kernel, and
+# Triton compiles it anew for exactly 1 and for multiples of 16. vLLM's warm-up asks for 5.
 LOGPROBS = (0, 1, 2, 8, 15, 16)
 # With a seed, FlashInfer's sampler is passed by, and the Triton kernels compute.
 WAYS: dict[str, dict[str, Any]] = {

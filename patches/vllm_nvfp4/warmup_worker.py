@@ -25,8 +25,8 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_nvfp4 import metrics, warmup_steps
-from vllm_nvfp4.status import CAPTURING, READY, UPSTREAM, Status
+from vllm_nvfp4 import env, metrics, warmup_steps
+from vllm_nvfp4.status import CAPTURING, READY, UPSTREAM, Status, write_limits
 
 _status = Status("")
 _followed: set[type] = set()
@@ -51,12 +51,24 @@ def follow(vllm_config: Any, status: Status) -> None:
         with warmup_steps.before_capture(self, _status), counted_graphs(self.model_runner, _status):
             times = warm_up(self)
         count_compilations(_status.rank)
+        if _status.rank == 0 and (path := env.text(env.STATUS_FILE)):
+            write_limits(path, _limits(self.vllm_config))
         metrics.publish(_status.rank)
         _status.update(READY, 1, 1, "model")
         return times
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
     _followed.add(worker)
+
+
+def _limits(vllm_config: Any) -> dict[str, int]:
+    """What decides which kernels a request can reach, in the names of scripts/warmup.py."""
+    return {
+        "chunk": vllm_config.scheduler_config.max_num_batched_tokens,
+        "users": vllm_config.scheduler_config.max_num_seqs,
+        "top_k": vllm_config.model_config.hf_config.index_topk,
+        "engines": vllm_config.parallel_config.data_parallel_size,
+    }
 
 
 class _Graphs:

@@ -167,15 +167,15 @@ def test_a_new_file_in_a_cache_is_a_compilation(
     (tmp_path / "kernel.old" / "kernel.cubin").touch()
     code, row = run(capsys, served[1], "--cache", str(tmp_path))
     assert (code, row["compiled_in_proof"]) == (0, [])
-    send = script.send
+    send = script.Sender.send
 
-    def compiling(url: str, groups: list[list[dict[str, Any]]]) -> list[str]:
+    def compiling(sender: script.Sender, groups: list[list[dict[str, Any]]]) -> list[str]:
         late = tmp_path / f"kernel.late{len(list(tmp_path.iterdir()))}"
         late.mkdir()
         (late / "kernel.cubin").touch()
-        return send(url, groups)
+        return send(sender, groups)
 
-    monkeypatch.setattr(script, "send", compiling)
+    monkeypatch.setattr(script.Sender, "send", compiling)
     code, row = run(capsys, served[1], "--cache", str(tmp_path))
     assert (code, row["compiled_in_sweep"]) == (1, [f"{tmp_path}/kernel.late1/kernel.cubin: 1"])
     assert row["compiled_in_proof"] == [f"{tmp_path}/kernel.late2/kernel.cubin: 1"]
