@@ -105,9 +105,11 @@ def run(worker: Any, status: Status) -> None:
     Raises: what a step raises; a kernel that cannot be compiled should stop the start, not a request.
     """
     started, config = time.perf_counter(), worker.vllm_config
-    limit = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
+    model = config.model_config
+    # vLLM's function counts its prompt's token ids up from 0.
+    limit = min(config.scheduler_config.max_num_batched_tokens, model.max_model_len, model.get_vocab_size())
     sizes = prefill_sizes(limit, _num_sms(worker), config.parallel_config.tensor_parallel_size)
-    most = config.model_config.max_logprobs
+    most = model.max_logprobs
     ways = [way for way in WAYS.values() if most < 0 or way.get("logprobs", 0) <= most]
     schedules = [partial(_schedule, worker, *schedule) for schedule in _schedules(worker)]
     calls = [partial(_prefill, worker, size) for size in sizes] + [partial(_sample, worker, way) for way in ways]
@@ -124,7 +126,7 @@ def run(worker: Any, status: Status) -> None:
         "NVFP4 warm-up: steps of %s tokens, %d ways to sample, %d schedules, %.1f s",
         [size for size in sizes if size not in left], len(ways), len(schedules), time.perf_counter() - started,
     )  # fmt: skip
-    _warn_of_the_rest(left, limit, (config.model_config.hf_config.index_topk + 1) * INDEXER_RATIO)
+    _warn_of_the_rest(left, limit, (model.hf_config.index_topk + 1) * INDEXER_RATIO)
 
 
 def _warn_of_the_rest(left: list[int], limit: int, chooses_from: int) -> None:
