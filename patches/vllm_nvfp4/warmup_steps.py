@@ -156,7 +156,7 @@ def _prefill(worker: Any, num_tokens: int) -> bool:
 
 def _sample(worker: Any, way: dict[str, Any]) -> None:
     """vLLM's own steps, of as many requests as may run, of two and of one, with another way to sample."""
-    from vllm import SamplingParams
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu.warmup import warmup_kernels
 
     before = vars(SamplingParams)["for_sampler_warmup"]
