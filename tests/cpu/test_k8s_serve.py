@@ -11,6 +11,7 @@ from typing import Any
 
 import make_serve
 import pytest
+import warmup
 from rehearsal import K8S, pod_template, rendered
 from serving import free_port
 
@@ -73,6 +74,29 @@ def test_what_the_environment_says(programs: Path) -> None:
     assert found == (0, ["serve", "/m", "--host", "::1", "--port", "9", "--shutdown-timeout", "7"], "")
 
 
+def test_a_sweep_runs_beside_the_server(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments, and that it is the server's child: as long as that is its parent, there is a server to wait for."""
+    said = tmp_path / "swept"
+    python = programs / "python3"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$PPID" "$@" > {said}.part && mv {said}.part {said}\n')
+    python.chmod(0o755)
+    sweep = {"NVFP4_WARMUP": "sweep", "NVFP4_STATUS_FILE": "/s"}
+    for environment in ({}, {"NVFP4_WARMUP": "steps"}, GROUP | sweep | {"LWS_WORKER_INDEX": "1"}):
+        assert run(programs, "/m", **environment)[0] == 0
+    (programs / "nvfp4").write_text(
+        f'#!/bin/sh\nwhile [ ! -e {said} ]; do sleep 0.05; done; printf "%s\\n" "$$" "$$" "$@"\n'
+    )
+    assert not said.exists(), "none of these asked for one"
+    code, started, _ = run(programs, "/m", **sweep, **GROUP, LWS_WORKER_INDEX="0")
+    assert (code, started[1]) == (0, "serve")
+    parent, script, *flags = said.read_text().splitlines()
+    assert parent == started[0]
+    assert script == str(SCRIPT.with_name("warmup.py"))
+    assert flags == ["--gate", "--max-len", "32768", "--limit-s", "900"]
+    monkeypatch.setenv("NVFP4_STATUS_FILE", "/s")
+    assert warmup.parse(flags).gate, "it knows them"
+
+
 def test_a_leader_serves_http_and_a_worker_does_not(programs: Path) -> None:
     nodes = ["--nnodes", "2", "--node-rank", "{}", "--master-addr", "nvfp4-group-0.nvfp4-group.ns"]
     leader = run(programs, "/m", **GROUP, LWS_WORKER_INDEX="0")[1]
@@ -94,6 +118,7 @@ def test_a_leader_serves_http_and_a_worker_does_not(programs: Path) -> None:
         (["/m", "--api-key", "k"], {}, "set VLLM_API_KEY instead"),
         (["/m", "--api-key=k"], {}, "set VLLM_API_KEY instead"),
         (["/m"], {"NVFP4_REQUIRE_API_KEY": "1"}, "VLLM_API_KEY is empty"),
+        (["/m"], {"NVFP4_WARMUP": "sweep"}, "without NVFP4_STATUS_FILE no probe could wait for it"),
         (["/m"], {"NVFP4_REQUIRE_API_KEY": "1", "VLLM_API_KEY": ""}, "VLLM_API_KEY is empty"),
     ],
 )
