@@ -42,7 +42,7 @@ else
   flags+=(--host "${NVFP4_HOST:-0.0.0.0}" --port "${NVFP4_PORT:-8000}")
 fi
 if [[ ${NVFP4_WARMUP:-} == sweep ]] && ((${LWS_WORKER_INDEX:-0} == 0)); then
-  # Longer prompts reach no other kernels, and take minutes. The time is that which `nvfp4 probe plan` leaves for it.
+  # Longer prompts reach no other kernels, and take minutes (docs/warmup.md).
   python3 "$(dirname "${BASH_SOURCE[0]}")/warmup.py" --gate --max-len 32768 --limit-s 900 &
 fi
 # exec: signals of a kubelet or of `docker stop` reach the server itself.

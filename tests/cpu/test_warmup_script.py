@@ -1,6 +1,7 @@
 """scripts/warmup.py reaches every boundary, and says what was compiled behind it: by a fake server, and the real one."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import warmup as script
 from serving import free_port, serve
-from vllm_nvfp4.status import read_all, read_sweep, write_limits
+from vllm_nvfp4 import probe
+from vllm_nvfp4.status import read_all, read_limits, read_sweep, write_limits
 
 WAYS = list(script.SAMPLING)
 SMALL = ("--users", "3", "--requests", "12", "--chunk", "64", "--block", "32", "--window", "16", "--top-k", "8")
@@ -394,20 +396,18 @@ def test_the_cpu_server_is_swept_and_proven(
         assert [line.split(" after ")[0] for line in started] == [
             "loading", "preparing", "loaded", "warming vLLM up", "ready"
         ]  # fmt: skip
-        flags = (
-            "--users",
-            "2",
-            "--requests",
-            "5",
-            server.url,
-            "--metrics",
-            f"http://127.0.0.1:{port}",
-            "--max-len",
-            "12",
-            "--vocabulary",
-            "60",
-        )
-        code, row = run(capsys, *flags)
+        assert read_limits(str(beat))["users"] == 3
+        # As scripts/serve.sh does it, but for less to ask.
+        for name, value in (env | {"NVFP4_PORT": server.url.rpartition(":")[2], "NVFP4_WARMUP": "sweep"}).items():
+            monkeypatch.setenv(name, value)
+        asked = ["ready", "--port", os.environ["NVFP4_PORT"], "--completion-s", "60"]
+        assert probe.main(asked) == 1
+        assert capsys.readouterr().out == "ready: the warm-up's requests have not begun\n"
+        code, row = run(
+            capsys, "--gate", "--users", "2", "--requests", "5", "--max-len", "12", "--vocabulary", "60"
+        )  # fmt: skip
+        assert probe.main(asked) == 0
+        assert capsys.readouterr().out == "ready: one token\n"
     assert row["failed"] == []
     assert (code, row["compiled_in_proof"], row["jit_monitor"]) == (0, [], False)
     assert row["sweep_requests"] >= 30
