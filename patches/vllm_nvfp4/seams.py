@@ -351,7 +351,7 @@ vllm.sampling_params
 vllm.utils.argparse_utils
   source | FlexibleArgumentParser.parse_args,load_config_file | cli.py | how flags are spelled and where | --config
 vllm.utils.deep_gemm
-  signature | get_paged_mqa_logits_metadata | warmup_steps.py | called
+  signature | get_paged_mqa_logits_metadata has_deep_gemm | warmup_steps.py | called
 vllm.utils.jit_monitor
   signature | is_active | warmup_worker.py | asked once
   source | _handle_jit_event _log_triton_jit_compile _log_cutedsl_jit_compile _log_tilelang_jit_compile | \

@@ -170,9 +170,10 @@ def _sample(worker: Any, way: dict[str, Any]) -> None:
 def _schedules(worker: Any) -> Iterator[tuple[Any, int]]:
     """(the indexer's builder, rows) of each schedule that decodes of this engine can ask for."""
     from vllm.platforms import current_platform
+    from vllm.utils.deep_gemm import has_deep_gemm
     from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerMetadataBuilder
 
-    if not current_platform.is_device_capability((9, 0)):
+    if not current_platform.is_device_capability((9, 0)) or not has_deep_gemm():
         return
     runner, scheduler = worker.model_runner, worker.vllm_config.scheduler_config
     # Where the kernel does not take a request's drafts together, each is a row of its own.

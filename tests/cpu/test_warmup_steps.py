@@ -233,8 +233,15 @@ def test_hopper_has_a_schedule_for_every_32_decodes(monkeypatch: pytest.MonkeyPa
     groups = [SimpleNamespace(metadata_builders=[object()]), SimpleNamespace(metadata_builders=[builder])]
     found = worker()
     found.model_runner.attn_groups = [groups, groups]
+    is_hopper, has_deep_gemm = False, True
+    monkeypatch.setattr(
+        type(current_platform), "is_device_capability", lambda _, asked, *__: is_hopper and asked == (9, 0)
+    )
+    monkeypatch.setattr(deep_gemm, "has_deep_gemm", lambda: has_deep_gemm)
     assert list(steps._schedules(found)) == []
-    monkeypatch.setattr(type(current_platform), "is_device_capability", lambda _, asked, *__: asked == (9, 0))
+    is_hopper, has_deep_gemm = True, False
+    assert list(steps._schedules(found)) == []
+    has_deep_gemm = True
     assert list(steps._schedules(found)) == [(builder, rows) for rows in (32, 64, 96, 128)], "for up to 100 users"
     found.model_runner.decode_query_len = 3
     assert len(list(steps._schedules(found))) == 10, "each draft may be a row"
