@@ -16,7 +16,7 @@ env:  ## make or refresh .venv (Python 3.11 or 3.12, CPU torch, vLLM for CPUs, t
 	@scripts/setup_env.sh $(VENV)
 
 serve: env  ## a server on :8000 with a small checkpoint made on the spot; prints a curl line that works
-	@$(PY) scripts/serve.py --port $(PORT)
+	@$(PY) scripts/make_serve.py --port $(PORT)
 
 test: env .conformance/.stamp  ## everything that needs no GPU: lint, types, tests
 	@$(MAKE) --no-print-directory lint

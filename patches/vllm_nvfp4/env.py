@@ -35,7 +35,16 @@ AOT_DIR = Variable(
 
 SIDE_PORT = Variable("NVFP4_SIDE_PORT", "", "port of the metrics that exist while the model loads; none by default")
 
-VARIABLES = (STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR, SIDE_PORT)
+WARMUP = Variable(
+    "NVFP4_WARMUP",
+    "steps",
+    "off; steps, before HTTP answers; or sweep: steps, and ready only when requests prove warmth",
+)
+WARMUP_MODES = ("off", "steps", "sweep")
+
+VARIABLES = (
+    STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR, SIDE_PORT, WARMUP
+)  # fmt: skip
 
 
 def text(variable: Variable) -> str:

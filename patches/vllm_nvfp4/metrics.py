@@ -15,14 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import REGISTRY, Collector
+from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
 
 from vllm_nvfp4 import env, selection
 from vllm_nvfp4.status import FRONT, Status
 
 # Set by the front process for its children; not for users. The folder's name ends in its maker's process id.
 FOLDER_VARIABLE = "NVFP4_INTERNAL_METRICS_DIR"
+# vLLM sets it for several API servers, whose /metrics is then the sum of all; --data-parallel-size brings as many.
+SEVERAL_SERVERS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _is_open = False
 KERNEL_COUNTS = {
     "hits": "Kernels asked for and found in the cache",
@@ -70,26 +73,47 @@ def make_folder() -> Path:
 
 
 def open_folder() -> None:
-    """In the front process, which may have made the folder before it became vLLM: show its counts, remove it at the end.
+    """Show the folder's counts on this process's /metrics; who made the folder removes it at the end.
 
-    Called when the configuration is being checked, so this is also where the front's heartbeat says `config`.
+    Called when the configuration is being checked: in the front process, which may have made the folder before it
+    became vLLM (there this is also where the heartbeat says `config`), and in each of several API servers.
     """
     global _is_open
     folder, owner = make_folder(), os.getpid()
-    if _is_open or not folder.name.endswith(f"-{owner}"):
+    if _is_open:
         return
     _is_open = True
-    Status(rank=FRONT).update("config")
-    # Forked children inherit the handler; only the maker may remove the folder.
-    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
-    REGISTRY.register(ModuleCollector(folder))
+    if folder.name.endswith(f"-{owner}"):
+        Status(rank=FRONT).update("config")
+        # Forked children inherit the handler; only the maker may remove the folder.
+        atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    collectors = _collectors(folder)
+    for collector in collectors:
+        REGISTRY.register(collector)
+    if SEVERAL_SERVERS_VARIABLE in os.environ:
+        _show_beside_sums(collectors)
+
+
+def _collectors(folder: Path) -> list[Collector]:
     # Imported here: both import this module.
     from vllm_nvfp4.side_port import StartCollector
     from vllm_nvfp4.warmup_worker import CompilationCollector
 
-    REGISTRY.register(CompilationCollector(folder))
-    if path := env.text(env.STATUS_FILE):
-        REGISTRY.register(StartCollector(path))
+    path = env.text(env.STATUS_FILE)
+    return [ModuleCollector(folder), CompilationCollector(folder), *([StartCollector(path)] if path else [])]
+
+
+def _show_beside_sums(collectors: list[Collector]) -> None:
+    """Several API servers: each scrape of one makes a registry with the servers' sums and nothing of REGISTRY."""
+
+    class SumsAndOurs(multiprocess.MultiProcessCollector):
+        def __init__(self, registry: CollectorRegistry, path: str | None = None) -> None:
+            super().__init__(registry, path)
+            for collector in collectors:
+                registry.register(collector)
+
+    # Both vLLM and its instrumentator look the class up in its module.
+    vars(multiprocess)["MultiProcessCollector"] = SumsAndOurs
 
 
 def kernel_counts() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     startup   passes at the first heartbeat of this start; from then on `live` judges, while the model still loads
     live      passes while loading advances, and once HTTP has answered only while /health answers
-    ready     passes when one token was really computed, or the engine is seen to compute others' tokens
+    ready     passes when one token was really computed, or the engine is seen to compute others' tokens; with
+              NVFP4_WARMUP=sweep not before scripts/warmup.py has proven that requests compile nothing any more
 
 The hard part is to tell slow from stuck. A phase that counts (bytes loaded) is stuck when its count rests for `stall_s`.
 A phase that cannot count evenly (imports, graph capture) may be silent for `silent_s` while its processes compute or read;
@@ -54,15 +55,18 @@ class Node:
     """What this node is of a server.
 
     headless: it serves no HTTP, and only its load is judged. in_group: there are other nodes, for which it may wait idle.
+    sweeps: it is ready only once requests have warmed it. strict: and not if that failed.
     """
 
     headless: bool = False
     in_group: bool = False
+    sweeps: bool = False
+    strict: bool = False
 
 
 ALONE = Node()
 # Phases with all weights in place; what follows is vLLM's, which leads all ranks through it together.
-THROUGH = (status.LOADED, status.WARM, status.UPSTREAM, status.CAPTURING, status.READY)
+THROUGH = (status.LOADED, status.WARM, status.UPSTREAM, status.STEPPING, status.CAPTURING, status.READY)
 
 
 class Machine(Protocol):
@@ -73,6 +77,9 @@ class Machine(Protocol):
 
     def states(self) -> list[State]:
         """Every heartbeat."""
+
+    def sweep(self) -> State | None:
+        """The heartbeat of the process that sends the warm-up's requests."""
 
     def alive(self, state: State) -> bool:
         """Does the process that wrote a heartbeat still run? Not another one, that got its id later."""
@@ -164,6 +171,8 @@ def ready(machine: Machine, node: Node = ALONE) -> Verdict:
     health = machine.health()
     if health != 200:
         return Verdict(False, f"/health: {health or 'no answer'}")
+    if node.sweeps and (reason := _unswept(machine, node.strict)):
+        return Verdict(False, reason)
     before = machine.steps()
     answer = machine.complete()
     if answer is not None and answer[0] != 200:
@@ -178,6 +187,22 @@ def ready(machine: Machine, node: Node = ALONE) -> Verdict:
         return Verdict(True, f"busy: no answer in time, but the engine took {after - before:.0f} steps")
     machine.mark(ANSWERED)
     return Verdict(True, "one token")
+
+
+def _unswept(machine: Machine, strict: bool) -> str:
+    """Why the warm-up's requests keep this server from being ready; "" if they do not.
+
+    One that failed does so in strict mode only. Else it is a fallback, logged, and nvfp4_phase{rank="sweep"} shows it.
+    """
+    sweep = machine.sweep()
+    if sweep is None:
+        return "the warm-up's requests have not begun"
+    if sweep.phase == status.SWEPT:
+        return ""
+    if sweep.phase == status.SWEEPING and machine.alive(sweep):
+        return _shown(sweep)
+    reason = sweep.reason or f"process {sweep.pid}, which sent them, is gone without a result"
+    return f"the warm-up's requests failed, and NVFP4_STRICT=1: {reason}" if strict else ""
 
 
 def _front(states: list[State]) -> State:
@@ -197,7 +222,7 @@ def _newest(states: list[State]) -> State:
 
 def _shown(state: State) -> str:
     """A heartbeat in few words."""
-    who = "front" if state.rank == status.FRONT else f"rank {state.rank}"
+    who = {status.FRONT: "front", status.SWEEP: "warm-up"}.get(state.rank, f"rank {state.rank}")
     return f"{who} {state.phase}" + (f" {state.done} of {state.total} {state.unit}" if state.total else "")
 
 
@@ -251,7 +276,12 @@ def judge(machine: Machine, options: argparse.Namespace, environment: Mapping[st
     Raises: ValueError - as Limits.validate, or a heartbeat file that holds something else.
     """
     index, size = environment.get("LWS_WORKER_INDEX") or 0, environment.get("LWS_GROUP_SIZE") or 1
-    node = Node(headless=int(index) > 0, in_group=int(size) > 1)
+    node = Node(
+        headless=int(index) > 0,
+        in_group=int(size) > 1,
+        sweeps=environment.get(env.WARMUP.name) == "sweep",
+        strict=environment.get(env.STRICT.name) == "1",
+    )
     if options.command == "startup":
         return startup(machine)
     if options.command == "ready":

@@ -36,6 +36,10 @@ class RealMachine:
         """Every heartbeat."""
         return status.read_all(self.status_file)
 
+    def sweep(self) -> status.State | None:
+        """The heartbeat of the process that sends the warm-up's requests."""
+        return status.read_sweep(self.status_file)
+
     def alive(self, state: status.State) -> bool:
         """Does the process that wrote a heartbeat still run? Not another one, that got its id later.
 

@@ -52,25 +52,29 @@ vllm._custom_ops
 vllm.config
   exists | ModelConfig | model_loader.py verification.py | annotation
   exists | ParallelConfig VllmConfig | verification.py | annotation
+vllm.config.kernel
+  exists | KernelConfig.enable_jit_warmup | warmup_steps.py | where vLLM warms up, so do we
 vllm.config.load
   value | LoadConfig.load_format | verification.py model_loader.py | its default is one that we replace
   exists | LoadConfig.use_tqdm_on_load | model_loader.py | progress bar or lines
 vllm.config.model
   exists | ModelConfig.quantization | model.py verification.py | tells our checkpoints from others
   exists | ModelConfig.hf_config | verification.py | sizes for the checks
+  exists | ModelConfig.max_model_len,max_logprobs,get_vocab_size | warmup_steps.py | limits of a step
   source | ModelConfig._verify_quantization | quantization.py | asks custom methods first | override_quantization_method
   source | ModelConfig._try_verify_and_update_model_config | verification.py | calls our hook | \
     verify_and_update_model_config
   value | TokenizerMode[deepseek_v4] | cli.py | default of --tokenizer-mode
 vllm.config.parallel
   exists | ParallelConfig.tensor_parallel_size,enable_expert_parallel | verification.py | what sizes must divide by
-  exists | ParallelConfig.data_parallel_size | verification.py warmup.py | ranks whose tokens experts see
+  exists | ParallelConfig.data_parallel_size | verification.py warmup.py warmup_worker.py | ranks whose tokens experts see
   exists | ParallelConfig.prefill_context_parallel_size,enable_eplb,enable_elastic_ep | verification.py | refused
   source | ParallelConfig.use_ubatching | verification.py | refused: runners share buffers
   exists | ParallelConfig.worker_cls | warmup_worker.py | the class we wrap
   value | ParallelConfig.all2all_backend | verification.py | refused, but for one
 vllm.config.scheduler
-  exists | SchedulerConfig.max_num_batched_tokens | warmup.py | the largest step
+  exists | SchedulerConfig.max_num_batched_tokens | warmup.py warmup_steps.py warmup_worker.py | the largest step
+  exists | SchedulerConfig.max_num_seqs | warmup_steps.py warmup_worker.py | most requests of a step
 vllm.config.speculative
   value | MTPModelTypes[deepseek_mtp] | quantization.py | the draft's model_type
 vllm.config.vllm
@@ -233,6 +237,8 @@ vllm.model_executor.parameter
   source | PerTensorScaleParameter | linear.py | one global scale a shard | weight_scale_2
 vllm.model_executor.utils
   signature | replace_parameter | fp8_block.py | sets the widened scale
+vllm.model_executor.kernels.mhc.tilelang_kernels
+  source | compute_num_split | warmup_steps.py | sizes that make DeepGEMM split otherwise
 vllm.model_executor.warmup.kernel_warmup
   source | kernel_warmup | warmup.py | what is warm without us
 vllm.models.deepseek_v4
@@ -311,14 +317,15 @@ vllm.models.deepseek_v4.nvidia.mtp
 vllm.models.deepseek_v4.quant_config
   source | DeepseekV4FP8Config | quantization.py | method of FP8 linears | deepseek_v4_fp8
 vllm.platforms
-  exists | current_platform | fp8_block.py platform.py registration.py | CPU or CUDA
+  exists | current_platform | fp8_block.py platform.py registration.py warmup_steps.py | CPU or CUDA
   exists | PlatformEnum | fp8_block.py linear.py | keys of the kernel tables
   exists | vllm_version_matches_substr | vllm_cli.py | spells the version; differs between wheels | vllm/platforms
 vllm.platforms.interface
   exists | PlatformEnum.CPU | fp8_block.py linear.py | key of the kernel tables
   exists | PlatformEnum.CUDA | linear.py | key of the kernel tables
   signature | Platform.is_cpu | fp8_block.py platform.py registration.py | CPU or CUDA
-  signature | Platform.is_cuda | platform.py registration.py | CPU or CUDA
+  signature | Platform.is_cuda | platform.py registration.py warmup_steps.py | CPU or CUDA
+  signature | Platform.is_device_capability Platform.num_compute_units | warmup_steps.py | decide what is to be warmed
   signature | Platform.get_device_name | platform.py | named in the log and in refusals
   signature | Platform.get_device_capability | platform.py | chooses the backend
   exists | DeviceCapability.major,minor | platform.py | the compute capability
@@ -338,8 +345,13 @@ vllm.transformers_utils.configs.deepseek_v4
   source | DeepseekV4Config | config.py | base class; rejects transformers' spelling
 vllm.triton_utils.importing
   source | HAS_TRITON | triton_cpu/__init__.py | asks for a backend named `cpu` | importing.py
+vllm.sampling_params
+  exists | SamplingParams | warmup_steps.py | ways to sample
+  signature | SamplingParams.for_sampler_warmup | warmup_steps.py | replaced while a way is warmed
 vllm.utils.argparse_utils
   source | FlexibleArgumentParser.parse_args,load_config_file | cli.py | how flags are spelled and where | --config
+vllm.utils.deep_gemm
+  signature | get_paged_mqa_logits_metadata has_deep_gemm | warmup_steps.py | called
 vllm.utils.jit_monitor
   signature | is_active | warmup_worker.py | asked once
   source | _handle_jit_event _log_triton_jit_compile _log_cutedsl_jit_compile _log_tilelang_jit_compile | \
@@ -348,6 +360,9 @@ vllm.utils.multi_stream_utils
   signature | execute_in_parallel | attention.py | called
 vllm.v1.attention.backends.mla
   exists | sparse_swa | cpu_gaps.py | names of layer types
+vllm.v1.attention.backends.mla.indexer
+  exists | DeepseekV32IndexerMetadataBuilder | warmup_steps.py | has the schedule's arguments
+  exists | DeepseekV32IndexerMetadataBuilder.num_sms | warmup_steps.py | an argument
 vllm.v1.attention.backends.mla.sparse_swa
   value | _LAYER_TYPE_SWAONLY _LAYER_TYPE_C1A _LAYER_TYPE_C2A _LAYER_TYPE_C4A _LAYER_TYPE_C128A | cpu_gaps.py | keys
   source | DeepseekSparseSWAMetadata | cpu_gaps.py | a field a layer type: a new one needs a key | layer types
@@ -370,12 +385,19 @@ vllm.v1.worker.gpu.cudagraph_utils
   exists | CudaGraphManager._capture_descs | warmup_worker.py | graphs to capture
 vllm.v1.worker.gpu.model_runner
   exists | GPUModelRunner.cudagraph_manager | warmup_worker.py | captures
+  signature | GPUModelRunner.capture_model | warmup_steps.py | wrapped: steps come before it
+  exists | GPUModelRunner.decode_query_len,attn_groups | warmup_steps.py | rows of a schedule, and its builder
+vllm.v1.worker.gpu.warmup
+  source | run_mixed_prefill_decode_warmup warmup_kernels _warmup_kernels | warmup_steps.py | called: steps of a scheduler | \
+    warmup_kernels
 vllm.v1.worker.gpu_model_runner
   source | GPUModelRunner.capture_model,_capture_cudagraphs | warmup_worker.py | once a graph | _warmup_and_capture
 vllm.v1.worker.gpu_worker
   source | Worker.load_model,determine_available_memory,compile_or_warm_up_model | warmup.py warmup_worker.py | \
     in this order | profile_run, compile_or_warm_up_model
+  exists | Worker.use_v2_model_runner | warmup_steps.py | the runner that takes a scheduler's steps
 vllm.v1.worker.utils
+  exists | AttentionGroup.metadata_builders | warmup_steps.py | has the indexer's
   exists | KVBlockZeroer | cpu_kernels.py | patched
   source | KVBlockZeroer._meta KVBlockZeroer.zero_block_ids _zero_kv_blocks_kernel | cpu_kernels.py | replaced: compare
   source | KVBlockZeroer.__init__ | cpu_kernels.py | what addresses and strides count | ELEMENT_BYTES

@@ -43,8 +43,9 @@ class StartCollector(Collector):
         done = GaugeMetricFamily("nvfp4_progress_done", "Progress within the phase", labels=["rank", "unit"])
         total = GaugeMetricFamily("nvfp4_progress_total", "What the phase has to do", labels=["rank", "unit"])
         now = time.monotonic()
-        for state in status.read_all(self.path):
-            rank = "front" if state.rank == status.FRONT else str(state.rank)
+        sweep = status.read_sweep(self.path)
+        for state in [*status.read_all(self.path), *([sweep] if sweep else [])]:
+            rank = {status.FRONT: "front", status.SWEEP: "sweep"}.get(state.rank, str(state.rank))
             phase.add_metric([rank, state.phase], 1)
             seconds.add_metric([rank], now - state.phase_started_monotonic_s)
             age.add_metric([rank], now - state.monotonic_s)

@@ -1,7 +1,8 @@
 """The heartbeat files: where a start stands, for probes and metrics in the same container.
 
 Written when something happened, never by a timer: a stuck load shows as an age that grows. One writer a file: rank 0
-writes PATH, rank N PATH.rankN, and the process that users start PATH.front, before vLLM is imported.
+writes PATH, rank N PATH.rankN, the process that users start PATH.front, before vLLM is imported, and scripts/warmup.py,
+where a pod's readiness waits for it, PATH.sweep.
 """
 
 import json
@@ -17,15 +18,17 @@ from vllm_nvfp4 import env
 logger = logging.getLogger("vllm.nvfp4")
 
 MIN_INTERVAL_S = 0.5  # a progress update more often than this is dropped; a new phase never is
-FRONT = -1  # the rank of the process that users start
+FRONT, SWEEP = -1, -2  # the rank of the process that users start, and of the one that sends the warm-up's requests
 HEALTHY, ANSWERED = "healthy", "answered"  # events that probes remember for each other
 
 # A rank's phases in their order; a draft model goes through those of a load again.
 CONSTRUCTING, LOADING, PREPARING, LOADED = "constructing", "loading", "preparing", "loaded"
 KERNELS, WARMING, WARM = "kernels", "warming up", "warmed up"
-UPSTREAM, CAPTURING, READY = "warming vLLM up", "capturing graphs", "ready"
+UPSTREAM, STEPPING, CAPTURING, READY = "warming vLLM up", "warming steps", "capturing graphs", "ready"
+# Of the process that sends requests to a server that answers, and lets a pod become ready.
+SWEEPING, SWEPT, SWEEP_FAILED = "sweeping", "swept", "sweep failed"
 # One item of these may be minutes of vLLM's compilers at work: a count that rests says nothing.
-UNEVEN = (CAPTURING,)
+UNEVEN = (STEPPING, CAPTURING)
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class State:
     """One heartbeat, as written; `monotonic_s` is CLOCK_MONOTONIC, which all processes of a machine share.
 
     phase: imports, config (front); constructing, loading (bytes), preparing (layers), loaded, kernels, warming up
-        (batches), warmed up, warming vLLM up, capturing graphs (graphs), ready (ranks). docs/warmup.md has what each is.
+        (batches), warmed up, warming vLLM up, warming steps (steps), capturing graphs (graphs), ready (ranks); sweeping
+        (requests), swept, sweep failed. docs/warmup.md has what each is.
     done, total, unit: progress within the phase; total 0: the phase reports none, and `working` is False.
+    reason: why it failed.
     """
 
     phase: str
@@ -45,6 +50,7 @@ class State:
     phase_started_monotonic_s: float
     pid: int
     rank: int
+    reason: str = ""
 
     @property
     def working(self) -> bool:
@@ -57,11 +63,11 @@ class Status:
 
     def __init__(self, path: str | None = None, rank: int = 0) -> None:
         base = env.text(env.STATUS_FILE) if path is None else path
-        suffix = {0: "", FRONT: ".front"}.get(rank, f".rank{rank}")
+        suffix = {0: "", FRONT: ".front", SWEEP: ".sweep"}.get(rank, f".rank{rank}")
         self.path = Path(base + suffix) if base else None
         self.rank, self.phase, self.started, self.written = rank, "", 0.0, 0.0
 
-    def update(self, phase: str, done: int = 0, total: int = 0, unit: str = "bytes") -> None:
+    def update(self, phase: str, done: int = 0, total: int = 0, unit: str = "bytes", reason: str = "") -> None:
         """Log a new phase (rank 0), and write the state; cheap where no file is asked for.
 
         Raises: OSError - the file cannot be written; a probe that reads nothing must not look like health.
@@ -79,7 +85,7 @@ class Status:
         self.written = now
         state = {
             "phase": phase, "done": done, "total": total, "unit": unit, "monotonic_s": now,
-            "phase_started_monotonic_s": self.started, "pid": os.getpid(), "rank": self.rank,
+            "phase_started_monotonic_s": self.started, "pid": os.getpid(), "rank": self.rank, "reason": reason,
         }  # fmt: skip
         _write(self.path, json.dumps(state))
 
@@ -99,17 +105,38 @@ def files(path: str) -> list[Path]:
 
 
 def read_all(path: str) -> list[State]:
-    """Every heartbeat there is; none before the first.
+    """Every heartbeat of the server there is; none before the first.
 
     Raises: ValueError - a file is not a heartbeat; OSError - it cannot be read.
     """
-    states = []
-    for file in files(path):
-        try:
-            states.append(State(**json.loads(file.read_text())))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file} is not a heartbeat ({error}); let nothing else write there") from error
-    return states
+    return [_read(file) for file in files(path)]
+
+
+def read_sweep(path: str) -> State | None:
+    """The heartbeat of the process that sends the warm-up's requests; None before its first.
+
+    Raises: as `read_all`.
+    """
+    file = Path(f"{path}.sweep")
+    return _read(file) if file.is_file() else None
+
+
+def _read(file: Path) -> State:
+    try:
+        return State(**json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a heartbeat ({error}); let nothing else write there") from error
+
+
+def write_limits(path: str, limits: dict[str, int]) -> None:
+    """Say what an engine was started with, for scripts/warmup.py in the same container; its names."""
+    _write(Path(f"{path}.limits"), json.dumps(limits))
+
+
+def read_limits(path: str) -> dict[str, int]:
+    """What `write_limits` said; nothing before an engine is warm."""
+    file = Path(f"{path}.limits")
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def mark(path: str, event: str) -> None:
@@ -129,7 +156,7 @@ def reset(path: str) -> None:
     """Forget an earlier server: a container that restarts finds the files of the one before, in the same volume."""
     base = Path(path)
     base.parent.mkdir(parents=True, exist_ok=True)
-    ours = re.compile(re.escape(base.name) + rf"(\.(front|rank\d+|{HEALTHY}|{ANSWERED}))?(\.\d+\.tmp)?")
+    ours = re.compile(re.escape(base.name) + rf"(\.(front|sweep|limits|rank\d+|{HEALTHY}|{ANSWERED}))?(\.\d+\.tmp)?")
     for file in base.parent.iterdir():
         if ours.fullmatch(file.name):
             file.unlink(missing_ok=True)

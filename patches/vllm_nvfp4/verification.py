@@ -37,6 +37,7 @@ class Nvfp4ModelChecks(DeepseekV4ForCausalLMConfig):
         compat.check_process()
         for variable in (env.STRICT, env.WO_A, env.NO_JIT):
             env.flag(variable)
+        env.choice(env.WARMUP, env.WARMUP_MODES)
         platform.check(vllm_config.model_config.enforce_eager)
         if platform.backend() in platform.CAPABILITY_OF:
             kernel_sets.folder()

@@ -1,6 +1,7 @@
 """What a rank does behind its load, as phases: vLLM's own warm-up, graph capture, ready; and what is compiled after that.
 
     warming vLLM up    compile_or_warm_up_model has begun; nothing to count
+    warming steps      ours of all (warmup_steps.py); absent on CPUs and with --enforce-eager
     capturing graphs   graphs done of all, the draft model's included; absent on CPUs and with --enforce-eager
     ready              the rank waits for steps; from here a compilation is counted by backend and kernel
 
@@ -24,8 +25,8 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_nvfp4 import metrics
-from vllm_nvfp4.status import CAPTURING, READY, UPSTREAM, Status
+from vllm_nvfp4 import env, metrics, warmup_steps
+from vllm_nvfp4.status import CAPTURING, READY, UPSTREAM, Status, write_limits
 
 _status = Status("")
 _followed: set[type] = set()
@@ -47,15 +48,27 @@ def follow(vllm_config: Any, status: Status) -> None:
     @functools.wraps(warm_up)
     def compile_or_warm_up_model(self: Any) -> Any:
         _status.update(UPSTREAM)
-        with counted_graphs(self.model_runner, _status):
+        with warmup_steps.before_capture(self, _status), counted_graphs(self.model_runner, _status):
             times = warm_up(self)
         count_compilations(_status.rank)
+        if _status.rank == 0 and (path := env.text(env.STATUS_FILE)):
+            write_limits(path, _limits(self.vllm_config))
         metrics.publish(_status.rank)
         _status.update(READY, 1, 1, "model")
         return times
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
     _followed.add(worker)
+
+
+def _limits(vllm_config: Any) -> dict[str, int]:
+    """What decides which kernels a request can reach, in the names of scripts/warmup.py."""
+    return {
+        "chunk": vllm_config.scheduler_config.max_num_batched_tokens,
+        "users": vllm_config.scheduler_config.max_num_seqs,
+        "top_k": vllm_config.model_config.hf_config.index_topk,
+        "engines": vllm_config.parallel_config.data_parallel_size,
+    }
 
 
 class _Graphs:

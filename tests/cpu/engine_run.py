@@ -1,7 +1,8 @@
 """Run one in-process vLLM engine and write what it answered: `python engine_run.py JOB.json OUT.json`.
 
 A process of its own for each engine: vLLM keeps global state, and the switches under test are environment variables.
-JOB: {"model", "prompts": [[token ids]], "max_tokens", "llm": {extra LLM arguments}}.
+JOB: {"model", "prompts": [[token ids]], "max_tokens", "llm": {extra LLM arguments},
+"steps": run those that precede graph capture}.
 OUT: {"answers": [{"tokens", "logprobs", "logprobs_hex"}], "selection": [[kind, served_by, fallback, count]], "modules": n}.
 """
 
@@ -9,6 +10,16 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def warm_up(engine: Any) -> None:
+    """The steps that a worker on a GPU runs before it captures graphs, on this CPU: with its real scheduler interface."""
+    from vllm_nvfp4 import warmup_steps
+    from vllm_nvfp4.status import Status
+
+    warmup_steps._num_sms = lambda _: 4
+    warmup_steps.run(engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker, Status(""))
 
 
 def main() -> None:
@@ -19,6 +30,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     arguments = {"max_model_len": 4096, "max_num_seqs": 8, "distributed_executor_backend": "uni", **job.get("llm", {})}
     engine = LLM(model=job["model"], **arguments)
+    if job.get("steps"):
+        warm_up(engine)
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=1, ignore_eos=True)
     answers = []
     for prompt in job["prompts"]:

@@ -13,7 +13,7 @@ import kustomize
 import yaml
 from kubelet import Kubelet, run_virtually
 from vllm_nvfp4 import probe, probe_machine
-from vllm_nvfp4.status import FRONT, State
+from vllm_nvfp4.status import FRONT, SWEEP, State
 
 K8S = Path(__file__).resolve().parents[2] / "k8s"
 PYTHON_S = 0.2  # what starting a probe costs
@@ -24,7 +24,8 @@ class Now:
     """A server at one moment.
 
     beats: (rank, phase, done, total, seconds since its heartbeat); health: status of /health, None: hangs or refused;
-    completes: does a request for a token get one; steps: engine steps so far; exit_code: it has ended by itself.
+    completes: does a request for a token get one; steps: engine steps so far; exit_code: it has ended by itself;
+    sweep: (phase, pid, reason) of the process that sends the warm-up's requests.
     """
 
     beats: tuple[tuple[int, str, int, int, float], ...] = ()
@@ -34,6 +35,7 @@ class Now:
     refusal: int | None = None
     steps: float = 0
     exit_code: int | None = None
+    sweep: tuple[str, int, str] | None = None
 
 
 @functools.cache
@@ -102,6 +104,12 @@ class Model:
             State(phase, done, total, "bytes", now - age, 0.0, 1, rank)
             for rank, phase, done, total, age in self.look().beats
         ]
+
+    def sweep(self) -> State | None:
+        if self.look().sweep is None:
+            return None
+        phase, pid, reason = self.look().sweep
+        return State(phase, 5, 9, "requests", self._clock(), 0.0, pid, SWEEP, reason)
 
     def alive(self, state: State) -> bool:
         return state.pid == 1 and not self.ended.done()
@@ -199,5 +207,12 @@ def loading(t: float, num_bytes: int, bytes_per_s: float, quiet_from: float = 0)
 
 
 def serving(t: float) -> Now:
-    """A server that answers."""
-    return Now(((FRONT, "imports", 0, 0, t), (0, "loaded", 1, 1, t)), health=200, completes=True)
+    """A server that answers, and has been warmed."""
+    beats = ((FRONT, "imports", 0, 0, t), (0, "loaded", 1, 1, t))
+    return Now(beats, health=200, completes=True, sweep=("swept", 2, ""))
+
+
+def environment(manifests: list[dict[str, Any]]) -> dict[str, str]:
+    """What the ConfigMap among manifests gives the container and its probes."""
+    (found,) = (manifest["data"] for manifest in manifests if manifest["kind"] == "ConfigMap")
+    return found

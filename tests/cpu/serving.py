@@ -36,11 +36,12 @@ def run_script(script: str, argument: Path, out: Path, env: dict[str, str] | Non
 
 
 def run_engine(folder: Path, model: Path, prompts: list[list[int]], max_tokens: int = 16, **options: Any) -> dict:
-    """Answers of an in-process engine, run in a process of its own; `env` and `llm` are passed on."""
+    """Answers of an in-process engine, run in a process of its own; `env`, `llm` and `steps` are passed on."""
     folder.mkdir(parents=True, exist_ok=True)
     job = folder / "job.json"
     llm = options.get("llm", {})
-    job.write_text(json.dumps({"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "llm": llm}))
+    asked = {"prompts": prompts, "max_tokens": max_tokens, "llm": llm, "steps": options.get("steps", False)}
+    job.write_text(json.dumps({"model": str(model), **asked}))
     return run_script("engine_run.py", job, folder / "out.json", options.get("env"))
 
 

@@ -37,3 +37,6 @@ def test_two_ranks_that_share_experts_answer_as_one(affine: Path, tmp_path: Path
         # At once: both ranks have tokens, of different numbers.
         with ThreadPoolExecutor(len(rows)) as pool:
             assert list(pool.map(wrong, rows)) == [[]] * len(rows)
+        # As many API servers as ranks, whichever answers.
+        shown = [line for line in server.get("/metrics")[1].splitlines() if line.startswith("nvfp4_fallback_modules{")]
+        assert shown == ['nvfp4_fallback_modules{rank="0"} 0.0', 'nvfp4_fallback_modules{rank="1"} 0.0']

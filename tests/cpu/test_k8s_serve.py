@@ -9,13 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import make_serve
 import pytest
-import serve
+import warmup
 from rehearsal import K8S, pod_template, rendered
 from serving import free_port
 
 # By path: another module of the tests has its name.
-serving_bench = SimpleNamespace(**runpy.run_path(str(K8S.parent / "scripts" / "bench" / "serving.py")))
+serving_bench = SimpleNamespace(**runpy.run_path(str(K8S.parent / "scripts" / "bench" / "serve.py")))
 SCRIPT = K8S.parent / "scripts" / "serve.sh"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 GROUP = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "nvfp4-group-0.nvfp4-group.ns"}
@@ -73,6 +74,29 @@ def test_what_the_environment_says(programs: Path) -> None:
     assert found == (0, ["serve", "/m", "--host", "::1", "--port", "9", "--shutdown-timeout", "7"], "")
 
 
+def test_a_sweep_runs_beside_the_server(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments, and that it is the server's child: as long as that is its parent, there is a server to wait for."""
+    said = tmp_path / "swept"
+    python = programs / "python3"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$PPID" "$@" > {said}.part && mv {said}.part {said}\n')
+    python.chmod(0o755)
+    sweep = {"NVFP4_WARMUP": "sweep", "NVFP4_STATUS_FILE": "/s"}
+    for environment in ({}, {"NVFP4_WARMUP": "steps"}, GROUP | sweep | {"LWS_WORKER_INDEX": "1"}):
+        assert run(programs, "/m", **environment)[0] == 0
+    (programs / "nvfp4").write_text(
+        f'#!/bin/sh\nwhile [ ! -e {said} ]; do sleep 0.05; done; printf "%s\\n" "$$" "$$" "$@"\n'
+    )
+    assert not said.exists(), "none of these asked for one"
+    code, started, _ = run(programs, "/m", **sweep, **GROUP, LWS_WORKER_INDEX="0")
+    assert (code, started[1]) == (0, "serve")
+    parent, script, *flags = said.read_text().splitlines()
+    assert parent == started[0]
+    assert script == str(SCRIPT.with_name("warmup.py"))
+    assert flags == ["--gate", "--max-len", "32768", "--limit-s", "900"]
+    monkeypatch.setenv("NVFP4_STATUS_FILE", "/s")
+    assert warmup.parse(flags).gate, "it knows them"
+
+
 def test_a_leader_serves_http_and_a_worker_does_not(programs: Path) -> None:
     nodes = ["--nnodes", "2", "--node-rank", "{}", "--master-addr", "nvfp4-group-0.nvfp4-group.ns"]
     leader = run(programs, "/m", **GROUP, LWS_WORKER_INDEX="0")[1]
@@ -94,6 +118,7 @@ def test_a_leader_serves_http_and_a_worker_does_not(programs: Path) -> None:
         (["/m", "--api-key", "k"], {}, "set VLLM_API_KEY instead"),
         (["/m", "--api-key=k"], {}, "set VLLM_API_KEY instead"),
         (["/m"], {"NVFP4_REQUIRE_API_KEY": "1"}, "VLLM_API_KEY is empty"),
+        (["/m"], {"NVFP4_WARMUP": "sweep"}, "without NVFP4_STATUS_FILE no probe could wait for it"),
         (["/m"], {"NVFP4_REQUIRE_API_KEY": "1", "VLLM_API_KEY": ""}, "VLLM_API_KEY is empty"),
     ],
 )
@@ -161,21 +186,25 @@ def test_the_benchmark_hands_the_key_on_in_the_environment(monkeypatch: pytest.M
 
 def test_the_printed_line_carries_a_key_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert "Authorization" not in serve.curl_line("127.0.0.1", 8000, Path("/m"))
+    assert "Authorization" not in make_serve.curl_line("127.0.0.1", 8000, Path("/m"))
     monkeypatch.setenv("VLLM_API_KEY", "the-key")
-    line = serve.curl_line("127.0.0.1", 8000, Path("/m"))
+    line = make_serve.curl_line("127.0.0.1", 8000, Path("/m"))
     assert "the-key" not in line
     shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
     assert "Authorization: Bearer the-key" in shown.splitlines()
 
 
 def test_make_serve_goes_the_same_way(programs: Path, tmp_path: Path) -> None:
-    """scripts/serve.py starts serve.sh, which starts the `nvfp4` beside the interpreter."""
+    """scripts/make_serve.py starts serve.sh, which starts the `nvfp4` beside the interpreter."""
     fake = programs / "python"
     fake.symlink_to(sys.executable)
     port = free_port()
     model = tmp_path / "m"
-    command = [sys.executable, "-c", f"import sys; sys.executable = {str(fake)!r}; import serve; serve.main()"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.executable = {str(fake)!r}; import make_serve; make_serve.main()",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     flags = ["--model", str(model), "--port", str(port), "--", "--max-num-seqs", "2"]
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)

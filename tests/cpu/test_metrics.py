@@ -146,3 +146,46 @@ def test_the_front_process_shows_its_workers_counts_and_cleans_up(tmp_path: Path
     ]
     assert not Path(folder).exists()
     assert [(state.phase, state.rank) for state in read_all(str(tmp_path / "beat"))] == [("config", FRONT_RANK)]
+
+
+SERVER = """
+import json, os, sys
+if sys.argv[1] == "vLLM's import first":
+    import vllm.entrypoints.serve.instrumentator.metrics
+from vllm_nvfp4 import metrics
+
+metrics.open_folder()
+metrics.open_folder()
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.serve.instrumentator.metrics import attach_router
+
+app = FastAPI()
+attach_router(app)
+lines = TestClient(app).get("/metrics").text.splitlines()
+print(json.dumps([line for line in lines if line.startswith("nvfp4_")]))
+"""
+
+
+@pytest.mark.parametrize("order", ["vLLM's import first", "ours first"])
+def test_one_of_several_api_servers_shows_them_and_leaves_the_folder(
+    folder: Path, tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with --data-parallel-size 2: vLLM starts two API servers, none of which is the process that users started."""
+    monkeypatch.setenv("NVFP4_STATUS_FILE", str(tmp_path / "beat"))
+    selection.record("a", "moe", "Stock", fallback=True)
+    metrics.publish(0)
+    metrics.publish(1)
+    (tmp_path / "sums").mkdir()
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "sums")}
+    done = subprocess.run([sys.executable, "-c", SERVER, order], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = json.loads(done.stdout.splitlines()[-1])
+    assert [line for line in lines if line.startswith(MODULES)] == [
+        'nvfp4_modules{fallback="1",kind="moe",rank="0",served_by="Stock"} 1.0',
+        'nvfp4_modules{fallback="1",kind="moe",rank="1",served_by="Stock"} 1.0',
+        'nvfp4_fallback_modules{rank="0"} 1.0',
+        'nvfp4_fallback_modules{rank="1"} 1.0',
+    ]
+    assert folder.exists(), "the front's to remove"
+    assert read_all(str(tmp_path / "beat")) == [], "the front's heartbeat is the front's"

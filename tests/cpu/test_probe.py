@@ -18,7 +18,7 @@ from vllm_nvfp4 import probe, probe_plan, status
 from vllm_nvfp4.probe import Limits, Node
 from vllm_nvfp4.probe_machine import STEPS_METRIC, RealMachine, usage
 from vllm_nvfp4.probe_plan import Plan, plan
-from vllm_nvfp4.status import ANSWERED, FRONT, HEALTHY, State, Status
+from vllm_nvfp4.status import ANSWERED, FRONT, HEALTHY, SWEEP, SWEEP_FAILED, SWEEPING, SWEPT, State, Status
 
 GB = 10**9
 COMPLETION_S = 1.0
@@ -248,6 +248,51 @@ def test_an_engine_that_steps_is_busy(engine: tuple[Engine, int], machine: RealM
     verdict = probe.ready(machine)
     assert verdict == (True, "busy: no answer in time, but the engine took 2 steps"), "of both engines"
     assert machine.marked_at(ANSWERED) > before
+
+
+def test_with_a_sweep_a_token_is_not_enough(engine: tuple[Engine, int], machine: RealMachine) -> None:
+    node, sweep = Node(sweeps=True, strict=True), Status(machine.status_file, SWEEP)
+    assert probe.ready(machine, node) == (False, "the warm-up's requests have not begun")
+    sweep.update(SWEEPING, 5, 9, "requests")
+    assert probe.ready(machine, node) == (False, "warm-up sweeping 5 of 9 requests")
+    assert engine[0].bodies == [], "its own requests are not disturbed"
+    sweep.update(SWEPT, 1, 1, "sweep")
+    assert probe.ready(machine, node) == (True, "one token")
+    engine[0].completion = 500
+    assert not probe.ready(machine, node).passed, "and the sweep is not enough either"
+
+
+def test_a_failed_sweep_counts_in_strict_mode_only(machine: RealMachine) -> None:
+    Status(machine.status_file, SWEEP).update(SWEEP_FAILED, reason="HTTP 500")
+    refused = probe.ready(machine, Node(sweeps=True, strict=True))
+    assert refused == (False, "the warm-up's requests failed, and NVFP4_STRICT=1: HTTP 500")
+    assert probe.ready(machine, Node(sweeps=True)) == (True, "one token")
+
+
+def test_a_sweep_that_was_killed_has_failed(machine: RealMachine) -> None:
+    code = "import sys; from vllm_nvfp4.status import *; Status(sys.argv[1], SWEEP).update(SWEEPING, 5, 9, 'requests')"
+    process = subprocess.Popen([sys.executable, "-c", code, machine.status_file])
+    process.wait()
+    refused = probe.ready(machine, Node(sweeps=True, strict=True))
+    assert not refused.passed
+    assert refused.reason.endswith(f"process {process.pid}, which sent them, is gone without a result")
+    assert probe.ready(machine, Node(sweeps=True)).passed
+
+
+def test_a_sweep_is_no_rank(machine: RealMachine) -> None:
+    """It is neither the process that all others are below, nor one that loads."""
+    Status(machine.status_file, SWEEP).update(SWEEPING, 5, 9, "requests")
+    assert [state.rank for state in machine.states()] == [0, FRONT]
+    assert probe.ready(machine, Node(headless=True)).passed
+
+
+def test_the_environment_says_whether_to_wait_for_a_sweep(engine: tuple[Engine, int], machine: RealMachine) -> None:
+    flags = probe.parser().parse_args(["ready", "--status-file", machine.status_file, "--port", str(engine[1])])
+    for mode, passed in (("sweep", False), ("steps", True), ("off", True)):
+        assert probe.judge(machine, flags, {"NVFP4_WARMUP": mode}).passed is passed
+    Status(machine.status_file, SWEEP).update(SWEEP_FAILED, reason="why")
+    for strict, passed in (("1", False), ("0", True)):
+        assert probe.judge(machine, flags, {"NVFP4_WARMUP": "sweep", "NVFP4_STRICT": strict}).passed is passed
 
 
 def test_the_key_is_used_and_never_shown(

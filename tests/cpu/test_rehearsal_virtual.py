@@ -5,12 +5,13 @@ real processes on the real clock: test_rehearsal.py.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kubelet import Kubelet
-from rehearsal import Model, Now, copy_of, loading, pod_template, rendered, serving, watch
+from rehearsal import Model, Now, copy_of, environment, loading, pod_template, rendered, serving, watch
 from vllm_nvfp4.status import FRONT
 
 GB = 10**9
@@ -21,9 +22,17 @@ READY_AT = LOADED_AT + WARM_UP_S
 HANG_LIMIT_S, WEDGE_LIMIT_S = 120, 30
 
 
+SWEEP_S = 200
+
+
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return pod_template(rendered("b200-tp8", tmp_path_factory.mktemp("k8s")))["spec"]
+def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return rendered("b200-tp8", tmp_path_factory.mktemp("k8s"))
+
+
+@pytest.fixture(scope="module")
+def spec(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    return pod_template(manifests)["spec"]
 
 
 def ordinary(t: float) -> Now:
@@ -95,6 +104,16 @@ def refusing(t: float) -> Now:
 
 def died_engine(t: float) -> Now:
     return ordinary(t) if t < 2000 else Now(serving(t).beats, health=503)
+
+
+def sweeping(*after: Any) -> Callable[[float], Now]:
+    """From READY_AT on requests are answered, but their sweep takes SWEEP_S; `after` is what it says then."""
+
+    def behave(t: float) -> Now:
+        sweep = after if t >= READY_AT + SWEEP_S else ("sweeping", 1, "") if t >= READY_AT + 5 else None
+        return replace(ordinary(t), sweep=sweep)
+
+    return behave
 
 
 SCENARIOS: dict[str, tuple[Callable[[float], Now], float]] = {
@@ -178,6 +197,32 @@ def test_a_refused_key_is_never_ready_and_no_reason_to_restart(spec: dict[str, A
     kubelet = rehearse(spec, "refusing")
     assert kubelet.restarts == 0
     assert kubelet.at("ready") == []
+
+
+def test_ready_waits_for_the_sweep(manifests: list[dict[str, Any]], spec: dict[str, Any]) -> None:
+    kubelet = watch(spec, Model(sweeping("swept", 2, ""), environment=environment(manifests)), 2000)
+    (ready,) = kubelet.at("ready")
+    assert READY_AT + SWEEP_S <= ready <= READY_AT + SWEEP_S + 6
+    assert kubelet.restarts == 0
+
+
+@pytest.mark.parametrize(
+    "after", [("sweep failed", 2, "a request failed"), ("sweeping", 2, "")], ids=["said", "killed"]
+)
+@pytest.mark.parametrize("strict", ["1", "0"])
+def test_a_sweep_that_failed_keeps_a_strict_pod_out_of_the_service(
+    manifests: list[dict[str, Any]], spec: dict[str, Any], after: Any, strict: str
+) -> None:
+    model = Model(sweeping(*after), environment=environment(manifests) | {"NVFP4_STRICT": strict})
+    kubelet = watch(spec, model, 2000)
+    assert (kubelet.ready, kubelet.restarts) == (strict == "0", 0)
+    assert [t >= READY_AT + SWEEP_S for t in kubelet.at("ready")] == [True] * (strict == "0")
+
+
+@pytest.mark.parametrize("mode", ["", "off", "steps"])
+def test_without_a_sweep_nothing_waits_for_it(spec: dict[str, Any], mode: str) -> None:
+    kubelet = watch(spec, Model(lambda t: replace(ordinary(t), sweep=None), environment={"NVFP4_WARMUP": mode}), 2000)
+    assert READY_AT <= kubelet.at("ready")[0] <= READY_AT + 6
 
 
 @pytest.mark.parametrize(("drain_s", "code"), [(0, 0), (60, 0), (89, 0), (200, 137)])

@@ -5,8 +5,8 @@ import shlex
 import socket
 from pathlib import Path
 
+import make_serve
 import pytest
-import serve
 
 
 def test_a_taken_port_is_refused_by_name() -> None:
@@ -15,12 +15,12 @@ def test_a_taken_port_is_refused_by_name() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(SystemExit, match=f"127.0.0.1:{port} is taken by another program"):
-            serve.refuse_taken_port("127.0.0.1", port)
-    serve.refuse_taken_port("127.0.0.1", port)
+            make_serve.refuse_taken_port("127.0.0.1", port)
+    make_serve.refuse_taken_port("127.0.0.1", port)
 
 
 def test_the_printed_line_is_one_shell_command() -> None:
-    words = shlex.split(serve.curl_line("127.0.0.1", 8000, Path("/a folder/model")))
+    words = shlex.split(make_serve.curl_line("127.0.0.1", 8000, Path("/a folder/model")))
     assert words[0] == "curl"
     assert "http://127.0.0.1:8000/v1/chat/completions" in words
     body = json.loads(words[words.index("-d") + 1])

@@ -48,6 +48,7 @@ def test_what_is_written(tmp_path: Path, clock: Clock) -> None:
         "phase_started_monotonic_s": 1010.0,
         "pid": os.getpid(),
         "rank": 0,
+        "reason": "",
     }
     heartbeat.update("loaded", 1, 1, "model")
     found = read(tmp_path / "beat")
@@ -188,7 +189,8 @@ def test_events_are_remembered_with_their_time(tmp_path: Path, clock: Clock) -> 
 def test_a_new_server_forgets_the_one_before_and_nothing_else(tmp_path: Path) -> None:
     path = str(tmp_path / "new" / "beat")
     status.reset(path)
-    for rank in (status.FRONT, 0, 1, 12):
+    status.write_limits(path, {"chunk": 1})
+    for rank in (status.SWEEP, status.FRONT, 0, 1, 12):
         Status(path, rank).update("loading")
     for event in (status.HEALTHY, status.ANSWERED):
         status.mark(path, event)
@@ -198,6 +200,25 @@ def test_a_new_server_forgets_the_one_before_and_nothing_else(tmp_path: Path) ->
     (tmp_path / "new" / "beat.rank1.99.tmp").touch()
     status.reset(path)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(others)
+
+
+def test_a_sweep_has_a_heartbeat_of_its_own(tmp_path: Path) -> None:
+    path = str(tmp_path / "beat")
+    assert status.read_sweep(path) is None
+    Status(path, status.SWEEP).update(status.SWEEP_FAILED, reason="HTTP 500")
+    found = status.read_sweep(path)
+    assert (found.rank, found.phase, found.reason, found.working) == (status.SWEEP, "sweep failed", "HTTP 500", False)
+    assert status.read_all(path) == []
+    (tmp_path / "beat.sweep").write_text("{}")
+    with pytest.raises(ValueError, match=r"beat\.sweep is not a heartbeat"):
+        status.read_sweep(path)
+
+
+def test_an_engines_limits_are_read_as_written(tmp_path: Path) -> None:
+    path = str(tmp_path / "beat")
+    assert status.read_limits(path) == {}
+    status.write_limits(path, {"chunk": 8192, "engines": 2})
+    assert status.read_limits(path) == {"chunk": 8192, "engines": 2}
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, 2), (1, 0), (status.FRONT, 0)])

@@ -60,6 +60,8 @@ def test_it_shows_the_start_as_it_goes_on(server: tuple[subprocess.Popen, int, P
     assert 'nvfp4_phase{phase="loading",rank="2"} 1.0' in lines
     assert 'nvfp4_progress_done{rank="2",unit="bytes"} 5.0' in lines
     assert 'nvfp4_progress_total{rank="2",unit="bytes"} 100.0' in lines
+    Status(str(path), status.SWEEP).update(status.SWEEP_FAILED, reason="why")
+    assert 'nvfp4_phase{phase="sweep failed",rank="sweep"} 1.0' in scrape(port)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from vllm_nvfp4 import kernel_sets, metrics, model_loader, platform, selection, warmup, warmup_worker
-from vllm_nvfp4.status import Status
+from vllm_nvfp4.status import Status, read_limits
 
 from cutedsl import aot, compile, deployment
 
@@ -241,6 +241,29 @@ def test_a_worker_is_followed_to_the_end(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # --- what is compiled while serving
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_says_what_the_engine_was_started_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
+) -> None:
+    path = str(tmp_path / "beat")
+    monkeypatch.setenv("NVFP4_STATUS_FILE", path)
+    monkeypatch.setattr(warmup_worker, "_followed", set())
+    monkeypatch.setattr(warmup_worker, "_status", Status(""))
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", Worker.compile_or_warm_up_model)  # undone at the end
+    warmup_worker.follow(
+        SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=f"{__name__}.Worker")), Status(path, rank)
+    )
+    worker = Worker()
+    worker.vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, max_num_seqs=256),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(index_topk=1024)),
+        parallel_config=SimpleNamespace(data_parallel_size=2),
+    )
+    worker.compile_or_warm_up_model()
+    expected = {"chunk": 8192, "users": 256, "top_k": 1024, "engines": 2}
+    assert read_limits(path) == ({} if rank else expected)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """vLLM's own serving benchmark over our cases, against a server that runs: one JSON line a case.
 
-    VLLM_API_KEY=... python scripts/bench/serving.py --url http://127.0.0.1:8000 --tokenizer /models/deepseek-v4-pro-nvfp4
+    VLLM_API_KEY=... python scripts/bench/serve.py --url http://127.0.0.1:8000 --tokenizer /models/deepseek-v4-pro-nvfp4
 
 A case is (prompt tokens, answer tokens, requests at once): chats, long prompts, and one user alone, for whom weight bytes per
 token decide. Prompts are random token ids, so that the prefix cache answers none of them; answers do not stop early. Every
