@@ -1,0 +1,123 @@
+"""Linears with a common input as one: which are joined, in what order, what is refused, and what is said."""
+
+import logging
+
+import pytest
+import torch
+from shared_input_kit import INPUT_SCALE, SHARDS, Attention, K, Linear, Unquantized, serve_with
+from vllm_nvfp4 import selection
+from vllm_nvfp4.attention import input_linears
+from vllm_nvfp4.shared_input import LEAVES, join
+
+from cutedsl.ops import registry
+
+
+@pytest.fixture(autouse=True)
+def clean() -> None:
+    registry.clear()
+    selection.clear()
+
+
+def x_of(tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, K, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_where_nothing_is_launched_nothing_is_joined(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_nvfp4.platform.backend", lambda: backend)
+    assert join("layer", input_linears(Attention())) is None
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "bf16"])
+def test_all_four(activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", activations, monkeypatch)
+    attn, x = Attention(), x_of(5)
+    shared = attn.serve()
+    assert shared is not None
+    assert shared.places == (0, 1, 2, 3)
+    assert [info.name for info in registry.describe()] == ["layer.input_projections"]
+    (choice,) = selection.choices()
+    assert (choice.module, choice.kind, choice.fallback) == ("layer.input_projections", "shared_input", False)
+    found = attn.project(x)
+    assert [y.dtype for y in found] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+    for linear, y in zip(input_linears(attn), found, strict=True):
+        assert torch.equal(y.float(), linear.exact(x, activations).bfloat16().float())
+    assert all(getattr(linear, leaf).numel() == 0 for linear in input_linears(attn) for leaf in LEAVES)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_one_that_is_not_quantized_stays_beside_the_others(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", "nvfp4", monkeypatch)
+    attn, x = Attention(), x_of(5)
+    owner = (attn, attn.compressor, attn.indexer, attn.indexer.compressor)[place]
+    name = ("fused_wqa_wkv", "fused_wkv_wgate", "weights_proj", "fused_wkv_wgate")[place]
+    setattr(owner, name, Unquantized(sum(SHARDS[place]), returns_bias=place in (0, 2)))
+    shared = attn.serve()
+    assert shared is not None
+    assert shared.places == tuple(other for other in range(4) if other != place)
+    mm = torch.mm
+
+    def mm_into(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))  # torch has it for GPUs only
+
+    monkeypatch.setattr(torch, "mm", mm_into)
+    for other, (linear, y) in enumerate(zip(input_linears(attn), attn.project(x), strict=True)):
+        assert y.dtype == (torch.float32 if other in (1, 3) else torch.bfloat16)
+        if other == place:
+            assert torch.allclose(y.float(), x.float() @ linear.weight.float().T, rtol=2**-7, atol=2**-7)
+        else:
+            assert torch.equal(y.float(), linear.exact(x, "nvfp4").bfloat16().float())
+
+
+def test_rows_that_upstreams_kernels_cannot_read_as_part_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", "nvfp4", monkeypatch)
+    attn = Attention()
+    attn.indexer.weights_proj = Linear("indexer.weights_proj", (12,), 9, returns_bias=True)
+    shared = attn.serve()
+    assert shared is not None
+    assert shared.places == (0, 1, 3)
+    x = x_of(3)
+    for linear, y in zip(input_linears(attn), attn.project(x), strict=True):
+        assert torch.equal(y.float(), linear.exact(x, "nvfp4").bfloat16().float())
+
+
+def test_one_alone_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", "nvfp4", monkeypatch)
+    attn = Attention()
+    attn.compressor = attn.indexer = None
+    assert attn.serve() is None
+    (y, *none), x = attn.project(x_of(3)), x_of(3)
+    assert none == [None] * 3
+    assert torch.equal(y, attn.fused_wqa_wkv.exact(x, "nvfp4").bfloat16())
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "bf16"])
+def test_different_input_scales(
+    activations: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve_with("reference", activations, monkeypatch)
+    monkeypatch.setattr(logging.getLogger("vllm.nvfp4"), "propagate", True)
+    attn, x = Attention(), x_of(5)
+    attn.indexer.weights_proj.values["input_scale"].mul_(2)
+    with caplog.at_level(logging.WARNING, "vllm.nvfp4"):
+        attn.serve()
+    assert (attn.nvfp4_input_runner is None) == (activations == "nvfp4")
+    for linear, y in zip(input_linears(attn), attn.project(x), strict=True):
+        assert torch.equal(y.float(), linear.exact(x, activations).bfloat16().float())
+    named = f"{INPUT_SCALE:.6g}, {2 * INPUT_SCALE:.6g}, {INPUT_SCALE:.6g}"
+    assert (f"layer.input_projections: input_scale differs ({INPUT_SCALE:.6g}" in caplog.text) == (
+        activations == "nvfp4"
+    )
+    assert (named in caplog.text) == (activations == "nvfp4")
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_parameter_that_was_moved(leaf: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", "nvfp4", monkeypatch)
+    attn = Attention()
+    shared = join("layer.input_projections", input_linears(attn))
+    assert shared is not None
+    moved = getattr(attn.indexer.weights_proj, leaf)
+    moved.data = moved.data.clone()
+    with pytest.raises(RuntimeError, match=rf"layer.indexer.weights_proj.{leaf} was replaced or moved"):
+        shared.finish()
