@@ -159,8 +159,8 @@ vllm.model_executor.layers.linear
   exists | LinearBase | quantization.py served.py | tells linears from other layers
   source | LinearBase.__init__ | quantization.py | asks for a method by prefix | get_quant_method
   exists | LinearBase.input_size,output_size MergedColumnParallelLinear.output_sizes | attention.py | sizes to rebuild
-  exists | LinearBase.prefix | linear.py served.py shared_expert.py | names runners
-  exists | LinearBase.quant_method | attention.py served.py shared_expert.py | tells who serves a linear
+  exists | LinearBase.prefix | linear.py served.py shared_expert.py shared_input.py | names runners
+  exists | LinearBase.quant_method | attention.py served.py shared_expert.py shared_input.py | tells who serves a linear
   source | LinearMethodBase | wo_a.py | base class
   source | UnquantizedLinearMethod | attention.py quantization.py wo_a.py | high precision; frees weights on CPUs
   source | register_weight_loader_v2_supported_method | linear.py wo_a.py | goes by the class's name

@@ -29,7 +29,7 @@ LEAVES = ("weight", "weight_scale")
 
 
 class SharedInput:
-    """Several linears of one layer as one.
+    """Several linears of one layer as one. After the load their parameters are all the same tensors, those of the runner.
 
     Args:
         name: of the runner.
@@ -83,10 +83,11 @@ class SharedInput:
         selection.record(self.name, "shared_input", f"cutedsl {backend}")
         dump.watch(runner)
         self._runner_id = runner.runner_id
-        # Views keep the whole alive, also where the runner has made padded scales of its own.
+        # A runner that had to pad has tensors of its own: what was loaded must not stay beside them.
+        held = runner.chain.groups[0].spans[0][-1] if hasattr(runner, "chain") else runner.matrix
         for linear in self.linears:
             for leaf in LEAVES:
-                getattr(linear, leaf).data = whole[leaf].new_empty(0)
+                getattr(linear, leaf).data = getattr(held, leaf)
         return runner
 
     def _join(self, leaf: str) -> torch.Tensor:

@@ -480,8 +480,11 @@ def shared_inputs(attn: Any, before: dict[str, torch.Tensor]) -> dict[str, Any]:
     (group,) = runner.chain.groups
     (span,) = group.spans
     same = [torch.equal(raw(a), raw(b)) for a, b in zip(span[-1], want[0].spans[0][-1], strict=True)]
-    freed = [getattr(linear, leaf).numel() == 0 for linear in linears for leaf in ("weight", "weight_scale")]
-    return facts | {"name": runner.name, "prepared_once": all(same) and len(want) == 1, "freed": all(freed)}
+    held = {
+        getattr(linear, leaf).untyped_storage().data_ptr() for linear in linears for leaf in ("weight", "weight_scale")
+    }
+    used = {tensor.untyped_storage().data_ptr() for tensor in span[-1][:2]}
+    return facts | {"name": runner.name, "prepared_once": all(same) and len(want) == 1, "held_once": held == used}
 
 
 def prepared_once(mlp: Any, index: int, before: dict[str, torch.Tensor]) -> bool:

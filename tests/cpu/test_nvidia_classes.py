@@ -249,7 +249,7 @@ def test_linears_with_one_input_are_one_where_it_is_rounded_once(
     for layer, (ratio, found) in enumerate(zip(RATIOS, facts["inputs"], strict=True)):
         if is_joined(scenario, backend, ratio):
             name = f"model.layers.{layer}.attn.input_projections"
-            assert found == {"alone": 0, "joined": True, "name": name, "prepared_once": True, "freed": True}
+            assert found == {"alone": 0, "joined": True, "name": name, "prepared_once": True, "held_once": True}
         else:
             assert found == {"alone": NUM_INPUTS[ratio], "joined": False}
 
