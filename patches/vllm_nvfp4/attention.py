@@ -1,4 +1,4 @@
-"""What the overlay changes in DeepSeek-V4's attention, for CPU and NVIDIA: three methods and two submodules.
+"""What the overlay changes in DeepSeek-V4's attention, for CPU and NVIDIA: five methods and two submodules.
 
 Upstream builds the compressor's projections and the indexer's weights_proj without a quantization method, and its NVIDIA
 path multiplies by `.weight` directly. The submodules are replaced after construction; the methods live in a mixin that is
@@ -28,6 +28,7 @@ class Nvfp4AttentionMixin(Upstream):
     nvfp4_wo_a_runner: WoARunner | None = None
     nvfp4_shared_input: shared_input.SharedInput | None = None
     nvfp4_input_runner: LinearRunner | None = None
+    nvfp4_shared_query: shared_input.SharedQuery | None = None
 
     def _o_proj(self, o: Any, positions: torch.Tensor) -> torch.Tensor:
         """Inverse RoPE, wo_a and wo_b; upstream's own unless wo_a is in NVFP4."""
@@ -41,6 +42,17 @@ class Nvfp4AttentionMixin(Upstream):
         if self.nvfp4_wo_a_runner is None:
             return super()._alloc_attn_out(num_tokens, hidden_states)
         return hidden_states.new_empty((num_tokens, self.padded_heads, self.head_dim))
+
+    def _split_qkv_and_norm(self, qr_kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Upstream's; the query latent already quantized where wq_b and the indexer's wq_b take it alike."""
+        qr, qr_scale, kv = super()._split_qkv_and_norm(qr_kv)
+        if self.nvfp4_shared_query is not None:
+            qr, qr_scale = self.nvfp4_shared_query(qr)
+        return qr, qr_scale, kv
+
+    def _wq_b_proj(self, qr: torch.Tensor, qr_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """wq_b, of what `_split_qkv_and_norm` gave."""
+        return super()._wq_b_proj(qr) if qr_scale is None else shared_input.multiply(self.wq_b, qr, qr_scale)
 
     def _run_parallel_input_projections(self, hidden_states: torch.Tensor) -> tuple[Any, Any, Any, Any]:
         """The four projections of the layer's input, through their modules instead of `.weight`; joined ones in one GEMM.
@@ -76,6 +88,14 @@ class Nvfp4AttentionMixin(Upstream):
         return qr_kv, main, index, weights
 
 
+class Nvfp4IndexerMixin(Upstream):
+    """One method in front of an upstream indexer class."""
+
+    def _wq_b_proj(self, qr: torch.Tensor, qr_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """As the attention's."""
+        return super()._wq_b_proj(qr) if qr_scale is None else shared_input.multiply(self.wq_b, qr, qr_scale)
+
+
 # Of the four projections, in the order of upstream's streams: those that upstream computes in fp32.
 KV_SCORES = (1, 3)
 
@@ -107,6 +127,7 @@ def adapt(attn: Any, quant_config: Any) -> None:
     if attn.indexer is not None:
         _replace_fused(attn.indexer.compressor, quant_config)
         _replace_weights_proj(attn.indexer, quant_config)
+        attn.indexer.__class__ = in_front_of(Nvfp4IndexerMixin, type(attn.indexer))
     attn.nvfp4_shared_input = shared_input.join(f"{attn.prefix}.input_projections", input_linears(attn))
     if isinstance(attn.wo_a.quant_method, ModelOptNvFp4WoAMethod):
         # The CPU class wraps this method on the instance to pack a BF16 copy, which NVFP4 does not have.
@@ -164,6 +185,9 @@ def finish(attn: Any) -> None:
         raise RuntimeError(f"{attn.prefix}: RoPE's cos/sin table is {table.dtype}, expected float32; vLLM changed it")
     if attn.nvfp4_shared_input is not None:
         attn.nvfp4_input_runner = attn.nvfp4_shared_input.finish()
+    if attn.indexer is not None:
+        query = attn.wq_b, attn.indexer.wq_b
+        attn.nvfp4_shared_query = shared_input.share_query(*query, attn.max_num_batched_tokens)
     _separate_workspaces(attn)
     method = attn.wo_a.quant_method
     if not isinstance(method, ModelOptNvFp4WoAMethod):

@@ -243,6 +243,9 @@ vllm.models.deepseek_v4.attention
   source | DeepseekV4Attention._alloc_attn_out,_run_parallel_input_projections | attention.py | overridden: compare
   source | DeepseekV4Attention.forward | attention.py | calls what we override | _o_proj
   source | DeepseekV4Attention._fused_wqa_wkv_gemm | attention.py | called from ours
+  source | DeepseekV4Attention._split_qkv_and_norm,_wq_b_proj | attention.py | overridden: what passes between them
+  source | DeepseekV4Indexer._wq_b_proj | attention.py | overridden, likewise
+  source | DeepseekV4Attention.max_num_batched_tokens | attention.py | the most rows of a query latent
   source | DeepseekV4Attention.compressor,indexer | attention.py | their projections are replaced
   source | DeepseekV4Attention.aux_stream_list,ln_events | attention.py | streams and events of the projections
   source | DeepseekV4Attention.wo_a,wo_b | attention.py | sizes, methods, and that no bias is returned

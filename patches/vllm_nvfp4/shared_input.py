@@ -7,15 +7,21 @@ weights are loaded into them, so that nothing is ever copied behind the load.
 Activations in NVFP4 need one `input_scale` for all, which linears with the same input have from any calibration (ModelOpt
 0.47 exports them so). Where a checkpoint has others, every linear gets a runner of its own, and quantizes for itself.
 
-Where the reference serves, nothing is joined: it launches nothing, and its sums keep their order.
+wq_b and the indexer's wq_b read the query latent together. One matrix of them would be multiplied as a whole also where
+short contexts leave the indexer's part out, so that they share the quantization only (`SharedQuery`).
+
+Where the reference serves, nothing is joined or shared: it launches nothing, and its sums keep their order.
 """
 
+import functools
 import logging
 from typing import Any
 
 import torch
 
+from cutedsl.formats import NVFP4
 from cutedsl.ops.linear import linear as linear_op
+from cutedsl.ops.quantized_linear import linear_of_quantized, quantize_input
 from cutedsl.runners import BF16
 from cutedsl.runners.linear import LinearRunner
 from vllm_nvfp4 import dump, platform, selection
@@ -107,6 +113,50 @@ class SharedInput:
                         f"{linear.prefix}.{leaf} was replaced or moved after the model was built, but its rows are served "
                         f"as part of {self.name}; offloading and reloading of weights are not supported here"
                     )
+
+
+class SharedQuery:
+    """One quantization of the query latent for two linears.
+
+    Args:
+        runners: of the two, with the same `quantized_row` and input_scale.
+        max_tokens: the most that are quantized together; with more, each linear quantizes for itself.
+    """
+
+    def __init__(self, runners: tuple[LinearRunner, LinearRunner], max_tokens: int) -> None:
+        runner, _ = runners
+        assert runner.quantized_row is not None
+        self._runner_id, self._max_tokens, self._sf_shape = runner.runner_id, max_tokens, runner.quantized_row.sf_shape
+        self._sf = _block_scales(self._sf_shape(max_tokens), runner.device)
+
+    def __call__(self, qr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """qr (M, K) -> what `multiply` takes; qr itself and None where it is too long."""
+        if qr.shape[0] > self._max_tokens:
+            return qr, None
+        num_rows, _ = self._sf_shape(qr.shape[0])
+        sf = self._sf[:num_rows]
+        return quantize_input(qr, sf, self._runner_id), sf
+
+
+def multiply(linear: Any, a: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+    """linear(x), for the a and sf that SharedQuery made of x."""
+    return linear_of_quantized(a, sf, linear.nvfp4_runner.runner_id)
+
+
+@functools.cache
+def _block_scales(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Where block scales of the query latent lie, of one layer after the other; zeros, as padding must be numbers."""
+    return torch.zeros(shape, dtype=torch.uint8, device=device).view(NVFP4.scale_dtype)
+
+
+def share_query(first: Any, second: Any, max_tokens: int) -> SharedQuery | None:
+    """One quantization for two linears that are loaded, or None: not both are ours, or they do not quantize alike."""
+    if platform.backend() not in platform.CAPABILITY_OF or not (_is_ours(first) and _is_ours(second)):
+        return None
+    runners = first.nvfp4_runner, second.nvfp4_runner
+    rows = {runner.quantized_row for runner in runners}
+    scales = {float(runner.input_scale[0]) for runner in runners}
+    return SharedQuery(runners, max_tokens) if len(rows) == 1 and None not in rows and len(scales) == 1 else None
 
 
 def join(name: str, linears: list[Any]) -> SharedInput | None:

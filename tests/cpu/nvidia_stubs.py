@@ -449,6 +449,7 @@ def chains(config: VllmConfig) -> dict[str, Any]:
         **complete,
         "runners": Counter(f"{runner.backend} {runner.activations}" for runner in held if runner is not None),
         "inputs": [shared_inputs(layer.attn, before) for layer in layers],
+        "shares_query": [layer.attn.nvfp4_shared_query is not None for layer in layers],
         "all_served": failure(lambda: served.check(model, config.quant_config)),
         "shared_expert": [prepared_once(layer.ffn.shared_experts, i, before) for i, layer in enumerate(layers)],
         "workspaces": [workspaces(layer.attn) for layer in layers],

@@ -1,4 +1,4 @@
-"""An attention layer of four linears that read one input, as far as shared_input.py and attention.py look at it."""
+"""An attention layer with its linears that share inputs, as far as shared_input.py and attention.py look at it."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_nvfp4 import platform
-from vllm_nvfp4.attention import Nvfp4AttentionMixin, finish, input_linears
+from vllm_nvfp4.attention import Nvfp4AttentionMixin, Nvfp4IndexerMixin, finish, input_linears
 from vllm_nvfp4.linear import Nvfp4RunnerLinearKernel
 from vllm_nvfp4.shared_input import SharedInput, join
 
@@ -20,6 +20,7 @@ K = 256
 SHARDS = ((64, 32), (32, 32), (8,), (16, 16))
 # Shards have a weight_scale_2 each, and one input_scale, unless a test says otherwise.
 INPUT_SCALE = 4 / 2688
+MAX_TOKENS = 200
 
 
 def serve_with(backend: str | None, activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,11 +33,11 @@ def serve_with(backend: str | None, activations: str, monkeypatch: pytest.Monkey
 class Linear(torch.nn.Module):
     """An NVFP4 linear of vLLM with our kernel, loaded."""
 
-    def __init__(self, name: str, shards: tuple[int, ...], seed: int, returns_bias: bool) -> None:
+    def __init__(self, name: str, shards: tuple[int, ...], seed: int, returns_bias: bool, k: int = K) -> None:
         super().__init__()
         self.prefix, self.logical_widths, self.returns_bias = f"layer.{name}", list(shards), returns_bias
         generator = torch.Generator().manual_seed(seed)
-        packed = quantize_weight(torch.randn(sum(shards), K, generator=generator))
+        packed = quantize_weight(torch.randn(sum(shards), k, generator=generator))
         scale_2 = packed.weight_scale_2 * torch.rand(len(shards), generator=generator).add(0.5)
         self.values = {"weight": packed.weight, "weight_scale": packed.weight_scale, "weight_scale_2": scale_2}
         self.values["input_scale"] = torch.full((len(shards),), INPUT_SCALE)
@@ -76,7 +77,34 @@ class Unquantized(torch.nn.Module):
         return (y, None) if self.returns_bias else y
 
 
-class Attention(Nvfp4AttentionMixin, torch.nn.Module):
+class UpstreamIndexer(torch.nn.Module):
+    """What ours stands in front of."""
+
+    def _wq_b_proj(self, qr: torch.Tensor, qr_scale: torch.Tensor | None = None) -> torch.Tensor:
+        assert qr_scale is None
+        return self.wq_b(qr)[0]
+
+
+class Indexer(Nvfp4IndexerMixin, UpstreamIndexer):
+    """An indexer with the overlay."""
+
+
+class UpstreamAttention(torch.nn.Module):
+    """What ours stands in front of; without norms."""
+
+    def _fused_wqa_wkv_gemm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fused_wqa_wkv(x)[0]
+
+    def _split_qkv_and_norm(self, qr_kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        qr, kv = qr_kv.split(SHARDS[0], dim=-1)
+        return qr.contiguous(), None, kv.contiguous()
+
+    def _wq_b_proj(self, qr: torch.Tensor, qr_scale: torch.Tensor | None = None) -> torch.Tensor:
+        assert qr_scale is None
+        return self.wq_b(qr)
+
+
+class Attention(Nvfp4AttentionMixin, UpstreamAttention):
     """A layer of ratio 4 on one stream."""
 
     def __init__(self) -> None:
@@ -94,16 +122,16 @@ class Attention(Nvfp4AttentionMixin, torch.nn.Module):
         self.prefix, self.fused_wqa_wkv = "layer", first
         self.compressor = torch.nn.Module()
         self.compressor.fused_wkv_wgate = main
-        self.indexer = torch.nn.Module()
-        self.indexer.weights_proj, self.indexer.wq_b = weights, None
+        self.indexer = Indexer()
+        self.indexer.weights_proj = weights
+        self.wq_b = Linear("wq_b", (48,), 4, returns_bias=False, k=SHARDS[0][0])
+        self.indexer.wq_b = Linear("indexer.wq_b", (32,), 5, returns_bias=True, k=SHARDS[0][0])
+        self.max_num_batched_tokens = MAX_TOKENS
         self.indexer.compressor = torch.nn.Module()
         self.indexer.compressor.fused_wkv_wgate = index
         self.aux_stream_list, self.ln_events = None, [None] * 4
         self.rotary_emb = SimpleNamespace(cos_sin_cache=torch.zeros(1))
         self.wo_a = SimpleNamespace(quant_method=None)
-
-    def _fused_wqa_wkv_gemm(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fused_wqa_wkv(x)[0]
 
     def serve(self) -> SharedInput | None:
         """Join, load and finish, as the model does."""
@@ -112,6 +140,9 @@ class Attention(Nvfp4AttentionMixin, torch.nn.Module):
         for linear in linears:
             if isinstance(linear, Linear):
                 linear.load()
+        for linear in (self.wq_b, self.indexer and self.indexer.wq_b):
+            if linear is not None:
+                linear.load()
         finish(self)
         return self.nvfp4_shared_input
 
@@ -119,3 +150,8 @@ class Attention(Nvfp4AttentionMixin, torch.nn.Module):
         """The four results in the order of `input_linears`."""
         qr_kv, main, index, weights = self._run_parallel_input_projections(x)
         return [qr_kv, main, weights, index]
+
+    def queries(self, qr_kv: torch.Tensor) -> list[torch.Tensor]:
+        """What wq_b and the indexer's wq_b give."""
+        qr, qr_scale, _ = self._split_qkv_and_norm(qr_kv)
+        return [self._wq_b_proj(qr, qr_scale), self.indexer._wq_b_proj(qr, qr_scale)]

@@ -254,6 +254,13 @@ def test_linears_with_one_input_are_one_where_it_is_rounded_once(
             assert found == {"alone": NUM_INPUTS[ratio], "joined": False}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_query_latent_is_quantized_once(results: dict[str, Any], backend: str) -> None:
+    # Alone, or not quantized at all, wq_b takes it as it is.
+    want = [ratio == 4 and BACKENDS[backend] == "nvfp4" for ratio in RATIOS]
+    assert facts_of(results, "chains")[backend]["shares_query"] == want
+
+
 @pytest.mark.parametrize("activations", ["nvfp4", "bf16"])
 @pytest.mark.parametrize("scenario", ["joined", "joined-apart"])
 def test_joined_projections_are_those_of_the_parts(results: dict[str, Any], scenario: str, activations: str) -> None:

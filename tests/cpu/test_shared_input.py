@@ -4,12 +4,13 @@ import logging
 
 import pytest
 import torch
-from shared_input_kit import INPUT_SCALE, SHARDS, Attention, K, Linear, Unquantized, serve_with
-from vllm_nvfp4 import selection
+from shared_input_kit import INPUT_SCALE, MAX_TOKENS, SHARDS, Attention, K, Linear, Unquantized, serve_with
+from vllm_nvfp4 import platform, selection
 from vllm_nvfp4.attention import input_linears
-from vllm_nvfp4.shared_input import LEAVES, join
+from vllm_nvfp4.shared_input import LEAVES, join, share_query
 
 from cutedsl.ops import registry
+from cutedsl.runners.linear import LinearRunner
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,11 @@ def test_all_four(activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = attn.serve()
     assert shared is not None
     assert shared.places == (0, 1, 2, 3)
-    assert [info.name for info in registry.describe()] == ["layer.input_projections"]
+    assert {info.name for info in registry.describe()} == {
+        "layer.input_projections",
+        "layer.wq_b",
+        "layer.indexer.wq_b",
+    }
     (choice,) = selection.choices()
     assert (choice.module, choice.kind, choice.fallback) == ("layer.input_projections", "shared_input", False)
     found = attn.project(x)
@@ -122,3 +127,49 @@ def test_a_parameter_that_was_moved(leaf: str, monkeypatch: pytest.MonkeyPatch) 
     moved.data = moved.data.clone()
     with pytest.raises(RuntimeError, match=rf"layer.indexer.weights_proj.{leaf} was replaced or moved"):
         shared.finish()
+
+
+# ---- the query latent ----------------------------------------------------------------------------------------------
+
+
+def qr_kv_of(tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, sum(SHARDS[0]), generator=torch.Generator().manual_seed(tokens)).bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 130, MAX_TOKENS, MAX_TOKENS + 1])
+@pytest.mark.parametrize("activations", ["nvfp4", "bf16"])
+def test_the_query_latent_is_quantized_once(activations: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", activations, monkeypatch)
+    attn, qr_kv = Attention(), qr_kv_of(tokens)
+    attn.serve()
+    times: list[int] = []
+    quantize = LinearRunner.quantize
+    monkeypatch.setattr(LinearRunner, "quantize", lambda self, x, sf: times.append(len(x)) or quantize(self, x, sf))
+    found = attn.queries(qr_kv)
+    shares = activations == "nvfp4" and tokens <= MAX_TOKENS
+    assert times == ([tokens] if shares else [])
+    qr = qr_kv[:, : SHARDS[0][0]]
+    for linear, q in zip((attn.wq_b, attn.indexer.wq_b), found, strict=True):
+        assert torch.equal(q, linear.exact(qr, activations).bfloat16())
+
+
+def test_query_latents_of_different_input_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", "nvfp4", monkeypatch)
+    attn, qr_kv = Attention(), qr_kv_of(3)
+    attn.indexer.wq_b.values["input_scale"].mul_(2)
+    attn.serve()
+    assert attn.nvfp4_shared_query is None
+    for linear, q in zip((attn.wq_b, attn.indexer.wq_b), attn.queries(qr_kv), strict=True):
+        assert torch.equal(q, linear.exact(qr_kv[:, : SHARDS[0][0]], "nvfp4").bfloat16())
+
+
+def test_a_query_linear_that_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with("reference", "nvfp4", monkeypatch)
+    attn = Attention()
+    first, second = attn.wq_b, attn.indexer.wq_b
+    for linear in (first, second):
+        linear.load()
+    assert share_query(first, second, MAX_TOKENS) is not None
+    assert share_query(first, Unquantized(32, returns_bias=True), MAX_TOKENS) is None
+    monkeypatch.delitem(platform.CAPABILITY_OF, "reference")
+    assert share_query(first, second, MAX_TOKENS) is None

@@ -1,11 +1,11 @@
-"""Linears with a common input on kernels: it is quantized once and multiplied once, and each answer is that of its linear."""
+"""Linears with a common input on kernels: it is quantized once, and each answer is that of its linear."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
 from hopper_kit import machine
-from shared_input_kit import Attention, serve_with
+from shared_input_kit import SHARDS, Attention, serve_with
 from test_runners_sm90 import simulator as hopper
 from test_runners_sm100 import assert_close, random_x
 from test_runners_sm100 import simulator as blackwell
@@ -26,7 +26,7 @@ MODES = [
 
 @pytest.mark.parametrize("own_scale", [False, True], ids=["one scale", "another scale"])
 @pytest.mark.parametrize(("backend", "activations", "tokens", "gemm"), MODES)
-def test_four_projections(
+def test_launches_and_answers(
     backend: str,
     activations: str,
     tokens: int,
@@ -40,7 +40,8 @@ def test_four_projections(
     selection.clear()
     attn, x = Attention(), random_x(torch.Generator().manual_seed(tokens), tokens, K)
     if own_scale:
-        attn.indexer.weights_proj.values["input_scale"].mul_(1.5)
+        for linear in (attn.indexer.weights_proj, attn.indexer.wq_b):
+            linear.values["input_scale"].mul_(1.5)
     attn.serve()
     with machine("sm_90a") if backend == "sm90" else nullcontext():
         found = attn.project(x)
@@ -53,3 +54,12 @@ def test_four_projections(
         assert (y.shape, y.dtype) == (exact.shape, torch.float32 if place in (1, 3) else torch.bfloat16)
         assert torch.equal(y.float(), y.bfloat16().float())
         assert_close(y, exact)
+    simulator.launched.clear()
+    with machine("sm_90a") if backend == "sm90" else nullcontext():
+        queries = attn.queries(found[0])
+    assert simulator.launched == ([*quantize, gemm] * 2 if own_scale else [*quantize, gemm, gemm])
+    qr = found[0][:, : SHARDS[0][0]].contiguous()
+    for linear, q in zip((attn.wq_b, attn.indexer.wq_b), queries, strict=True):
+        assert_close(q, linear.exact(qr, activations))
+        with machine("sm_90a") if backend == "sm90" else nullcontext():
+            assert torch.equal(q, linear.nvfp4_runner(qr))
