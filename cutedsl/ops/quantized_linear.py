@@ -21,13 +21,15 @@ def _checked_runner(op: str, label: str, x: torch.Tensor, sf: torch.Tensor, runn
         raise ValueError(f"{name}: its input is not quantized, or not once for all columns; call nvfp4::linear")
     dtype, columns = (torch.bfloat16, runner.in_features) if of_input else (row.dtype, row.columns)
     registry.check_tensor(name, label, x, (dtype,), (None, columns), runner.device)
-    registry.check_tensor(name, "sf", sf, (NVFP4.scale_dtype,), row.sf_shape(x.shape[0]), runner.device)
+    registry.check_tensor(name, "sf", sf, (torch.uint8,), row.sf_shape(x.shape[0]), runner.device)
     return runner
 
 
 @torch.library.custom_op("nvfp4::quantize_input", mutates_args=("sf",))
 def _quantize(x: torch.Tensor, sf: torch.Tensor, runner_id: int) -> torch.Tensor:
-    return _checked_runner("quantize_input", "x", x, sf, runner_id, of_input=True).quantize(x, sf)
+    return _checked_runner("quantize_input", "x", x, sf, runner_id, of_input=True).quantize(
+        x, sf.view(NVFP4.scale_dtype)
+    )
 
 
 @_quantize.register_fake
@@ -38,7 +40,8 @@ def _fake_quantize(x: torch.Tensor, sf: torch.Tensor, runner_id: int) -> torch.T
 
 @torch.library.custom_op("nvfp4::linear_of_quantized", mutates_args=())
 def _linear(a: torch.Tensor, sf: torch.Tensor, runner_id: int) -> torch.Tensor:
-    return _checked_runner("linear_of_quantized", "a", a, sf, runner_id, of_input=False).multiply(a, sf)
+    runner = _checked_runner("linear_of_quantized", "a", a, sf, runner_id, of_input=False)
+    return runner.multiply(a, sf.view(NVFP4.scale_dtype))
 
 
 @_linear.register_fake
@@ -52,8 +55,8 @@ def quantize_input(x: torch.Tensor, sf: torch.Tensor, runner_id: int) -> torch.T
 
     Args:
         x: (M, K) bfloat16, last dimension contiguous - M may be 0.
-        sf: (rows, columns) e4m3, contiguous - of the runner's `quantized_row.sf_shape(M)`; block scales are written to it,
-            rows of padding keep what they held, which must be numbers.
+        sf: (rows, columns) uint8, contiguous - of the runner's `quantized_row.sf_shape(M)`; e4m3 block scales are written to
+            it, rows of padding keep what they held, which must be numbers.
         runner_id: of a LinearRunner whose `quantized_row` is not None.
 
     Returns:
@@ -74,7 +77,7 @@ def linear_of_quantized(a: torch.Tensor, sf: torch.Tensor, runner_id: int) -> to
 
     Args:
         a: (M, quantized_row.columns) of quantized_row.dtype, contiguous - from quantize_input.
-        sf: (rows, columns) e4m3, contiguous - likewise.
+        sf: (rows, columns) uint8, contiguous - likewise.
         runner_id: of a LinearRunner with the backend, K and input_scale of the one that has quantized.
 
     Returns:

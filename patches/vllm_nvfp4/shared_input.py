@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from cutedsl.formats import NVFP4
 from cutedsl.ops.linear import linear as linear_op
 from cutedsl.ops.quantized_linear import linear_of_quantized, quantize_input
 from cutedsl.runners import BF16
@@ -146,7 +145,7 @@ def multiply(linear: Any, a: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _block_scales(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     """Where block scales of the query latent lie, of one layer after the other; zeros, as padding must be numbers."""
-    return torch.zeros(shape, dtype=torch.uint8, device=device).view(NVFP4.scale_dtype)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def share_query(first: Any, second: Any, max_tokens: int) -> SharedQuery | None:
