@@ -31,6 +31,8 @@ logger = logging.getLogger("vllm.nvfp4")
 # Upstream's kernels read their part of a row in pieces of 16 bytes.
 ROW_MULTIPLE = 8
 LEAVES = ("weight", "weight_scale")
+# How linears with a common input are reported, beside themselves.
+JOINED, SEPARATE = "joined_input", "separate_input"
 
 
 class SharedInput:
@@ -67,11 +69,13 @@ class SharedInput:
         activations, backend = platform.activations(), platform.backend()
         assert backend is not None  # the linears have our kernel, which needs one
         if activations != BF16 and not bool((scales == scales[0]).all()):
-            logger.warning(
-                "%s: input_scale differs (%s), so that %d linears quantize their common input each for itself; export one "
-                "input_scale for linears with the same input, as ModelOpt 0.47 does",
-                self.name, ", ".join(f"{scale:.6g}" for scale in scales.tolist()), len(self.linears),
-            )  # fmt: skip
+            if all(choice.kind != SEPARATE for choice in selection.choices()):
+                logger.warning(
+                    "%s: input_scale differs (%s), so that %d linears quantize their common input each for itself, here and "
+                    "maybe in other layers; export one input_scale for linears with the same input, as ModelOpt 0.47 does",
+                    self.name, ", ".join(f"{scale:.6g}" for scale in scales.tolist()), len(self.linears),
+                )  # fmt: skip
+            selection.record(self.name, SEPARATE, f"cutedsl {backend}", reason="input_scale differs")
             for linear in self.linears:
                 linear.quant_method.kernel.build_runner(linear)
             return None
@@ -85,7 +89,7 @@ class SharedInput:
             backend=backend,
             activations=activations,
         )
-        selection.record(self.name, "shared_input", f"cutedsl {backend}")
+        selection.record(self.name, JOINED, f"cutedsl {backend}")
         dump.watch(runner)
         self._runner_id = runner.runner_id
         # A runner that had to pad has tensors of its own: what was loaded must not stay beside them.

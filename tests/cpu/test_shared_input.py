@@ -7,7 +7,7 @@ import torch
 from shared_input_kit import INPUT_SCALE, MAX_TOKENS, SHARDS, Attention, K, Linear, Unquantized, serve_with
 from vllm_nvfp4 import platform, selection
 from vllm_nvfp4.attention import input_linears
-from vllm_nvfp4.shared_input import LEAVES, join, share_query
+from vllm_nvfp4.shared_input import JOINED, LEAVES, SEPARATE, join, share_query
 
 from cutedsl.ops import registry
 from cutedsl.runners.linear import LinearRunner
@@ -42,7 +42,7 @@ def test_all_four(activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "layer.indexer.wq_b",
     }
     (choice,) = selection.choices()
-    assert (choice.module, choice.kind, choice.fallback) == ("layer.input_projections", "shared_input", False)
+    assert (choice.module, choice.kind, choice.fallback) == ("layer.input_projections", JOINED, False)
     found = attn.project(x)
     assert [y.dtype for y in found] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
     for linear, y in zip(input_linears(attn), found, strict=True):
@@ -115,6 +115,13 @@ def test_different_input_scales(
         activations == "nvfp4"
     )
     assert (named in caplog.text) == (activations == "nvfp4")
+    (choice,) = selection.choices()
+    assert choice.kind == (SEPARATE if activations == "nvfp4" else JOINED)
+    caplog.clear()
+    again = Attention()
+    again.indexer.weights_proj.values["input_scale"].mul_(2)
+    again.serve()
+    assert caplog.text == "", "a line for every layer"
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
