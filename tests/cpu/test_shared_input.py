@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.testing
 from shared_input_kit import INPUT_SCALE, MAX_TOKENS, SHARDS, Attention, K, Linear, Unquantized, serve_with
 from vllm_nvfp4 import platform, selection
 from vllm_nvfp4.attention import input_linears
@@ -180,3 +181,27 @@ def test_a_query_linear_that_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> Non
     assert share_query(first, Unquantized(32, returns_bias=True), MAX_TOKENS) is None
     monkeypatch.delitem(platform.CAPABILITY_OF, "reference")
     assert share_query(first, second, MAX_TOKENS) is None
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "bf16"])
+def test_a_compiled_layer_has_one_linear_and_one_quantization(
+    activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_with("reference", activations, monkeypatch)
+    attn = Attention()
+    attn.serve()
+
+    def layer(x: torch.Tensor) -> list[torch.Tensor]:
+        found = attn.project(x)
+        return found + attn.queries(found[0])
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (5, 7):
+        for got, want in zip(compiled(x_of(tokens)), layer(x_of(tokens)), strict=True):
+            assert torch.equal(got, want)
+    assert counter.frame_count == 1
+    called = [str(node.target) for node in counter.graphs[0].graph.nodes if str(node.target).startswith("nvfp4")]
+    queries = ["quantize_input", *["linear_of_quantized"] * 2] if activations == "nvfp4" else ["linear"] * 2
+    assert called == [f"nvfp4.{op}" for op in ("linear", *queries)]
