@@ -239,26 +239,38 @@ class Rank:
         return len(self.model.ratios) + self.model.num_mtp_layers
 
     def linears(self) -> list[Linear]:
-        """Every linear that is served in NVFP4; those that share an input are one, as vLLM merges them."""
+        """Every linear that is served in NVFP4; those that share the layer's input are one, as the overlay joins them."""
         m, tp, all_layers = self.model, self.tp, self.num_layers
-        found = [
-            Linear("wq_a + wkv", m.q_lora_rank + m.head_dim, m.hidden_size, all_layers),
+        found = []
+        for ratio, parts in self.input_linears().items():
+            name = f"layer's input, ratio {ratio}" if ratio > 1 else parts[0].name
+            if parts[0].layers:
+                found.append(Linear(name, sum(part.n for part in parts), m.hidden_size, parts[0].layers))
+        found += [
             Linear("wq_b", m.num_heads * m.head_dim // tp, m.q_lora_rank, all_layers),
             Linear("wo_b", m.hidden_size, m.o_groups * m.o_lora_rank // tp, all_layers),
         ]
-        for ratio in sorted({ratio for ratio in m.ratios if ratio > 1}):
-            layers = m.ratios.count(ratio)
-            # Windows of ratio 4 overlap: keys and gates are twice as wide.
-            width = 2 if ratio == 4 else 1
-            found.append(Linear(f"compressor, ratio {ratio}", 2 * width * m.head_dim, m.hidden_size, layers))
-            if ratio == 4:
-                found += [
-                    Linear("indexer compressor", 2 * width * m.index_head_dim, m.hidden_size, layers),
-                    Linear("indexer wq_b", m.index_num_heads * m.index_head_dim, m.q_lora_rank, layers),
-                    Linear("indexer weights_proj", m.index_num_heads, m.hidden_size, layers),
-                ]
+        if 4 in m.ratios:
+            n = m.index_num_heads * m.index_head_dim
+            found.append(Linear("indexer wq_b", n, m.q_lora_rank, m.ratios.count(4)))
         if m.num_mtp_layers:
             found.append(Linear("e_proj, h_proj", m.hidden_size, m.hidden_size, 2 * m.num_mtp_layers))
+        return found
+
+    def input_linears(self) -> dict[int, list[Linear]]:
+        """By ratio, 1 without a compressor: those that read the layer's input, each served alone if input scales differ."""
+        m = self.model
+        counts = {ratio: m.ratios.count(ratio) for ratio in sorted({ratio for ratio in m.ratios if ratio > 1})}
+        found = {}
+        for ratio, layers in {1: self.num_layers - sum(counts.values()), **counts}.items():
+            rows = {"wq_a + wkv": m.q_lora_rank + m.head_dim}
+            # Windows of ratio 4 overlap: keys and gates are twice as wide.
+            width = 2 if ratio == 4 else 1
+            if ratio > 1:
+                rows["compressor"] = 2 * width * m.head_dim
+            if ratio == 4:
+                rows |= {"weights_proj": m.index_num_heads, "indexer compressor": 2 * width * m.index_head_dim}
+            found[ratio] = [Linear(name, n, m.hidden_size, layers) for name, n in rows.items()]
         return found
 
     def experts(self) -> list[Experts]:
@@ -381,8 +393,14 @@ def group_tokens(experts: Experts, tokens: int) -> int:
     return guess_tokens(tokens, experts.top_k, experts.total)
 
 
+def _linear_shapes(rank: Rank) -> set[tuple[int, int]]:
+    """n, k of each linear; of those with the layer's input both joined and alone."""
+    alone = [linear for parts in rank.input_linears().values() for linear in parts]
+    return {(linear.n, linear.k) for linear in [*rank.linears(), *alone]}
+
+
 def _linear(module: Any, asked: Deployment) -> Iterator[Hashable]:
-    shapes = {(linear.n, linear.k) for rank in asked.ranks for linear in rank.linears()}
+    shapes = {(n, k) for rank in asked.ranks for n, k in _linear_shapes(rank)}
     shapes |= {(rank.model.hidden_size, experts.intermediate) for rank in asked.ranks for experts in rank.experts()[1:]}
     for n, k in sorted(shapes):
         for m in asked.batches():
@@ -413,7 +431,7 @@ def _grouped_hopper(module: Any, asked: Deployment) -> Iterator[Hashable]:
 
 def _hopper_shapes(module: Any, asked: Deployment) -> set[tuple[int, int, int, int, int, str]]:
     """Returns n, k, groups, top_k, all experts and epilogue of every GEMM; of a group with all tokens the two are 1."""
-    shapes = {(linear.n, linear.k, 1, 1, 1, module.BF16) for rank in asked.ranks for linear in rank.linears()}
+    shapes = {(n, k, 1, 1, 1, module.BF16) for rank in asked.ranks for n, k in _linear_shapes(rank)}
     for rank in asked.ranks:
         hidden = rank.model.hidden_size
         for experts in rank.experts():

@@ -95,6 +95,21 @@ def linear_fp32(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     return out.mul_(matrix.alpha)
 
 
+def linear_of_unscaled(a: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """y = bf16(alpha * (a @ W^T)): linear without Q.
+
+    Args:
+        a: (M, K) bfloat16 - codes times block scales of the activation.
+        matrix: N x K, of one scale group.
+
+    Returns:
+        (M, N) bfloat16.
+
+    Numerics: as linear, bit for bit.
+    """
+    return unscaled_mm(a, matrix.weight, matrix.weight_scale).mul_(matrix.alpha).to(torch.bfloat16)
+
+
 def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     """y = bf16(alpha * (Q(x) @ W^T)); bf16(alpha * (x @ W^T)) if the matrix has no scale groups.
 

@@ -5,12 +5,14 @@ rescale one of them. Each shard keeps both scales; whether the activation can be
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cutedsl.formats import NVFP4
+from cutedsl.layout import padded_shape
 from cutedsl.ops import registry
+from cutedsl.quantize import unscaled_activation
 from cutedsl.reference import linear as reference
 from cutedsl.runners import (
     check_activations,
@@ -20,6 +22,24 @@ from cutedsl.runners import (
     pack_matrix,
     select_backend,
 )
+
+
+class QuantizedRow(NamedTuple):
+    """A row of the input as a backend multiplies it.
+
+    Attributes:
+        dtype: uint8 - packed codes; or bfloat16 - codes times block scales.
+        columns: elements of dtype.
+        sf_columns: block scales beside packed codes; 0: none.
+    """
+
+    dtype: torch.dtype
+    columns: int
+    sf_columns: int
+
+    def sf_shape(self, num_rows: int) -> tuple[int, int]:
+        """Of the swizzled block scales of so many rows."""
+        return padded_shape(num_rows, self.sf_columns) if self.sf_columns else (0, 0)
 
 
 class LinearRunner:
@@ -42,6 +62,7 @@ class LinearRunner:
         device: of the weight.
         matrix: the weight with alpha (N,) and its rows by distinct input_scale; backend reference only.
         activations: as given.
+        quantized_row: what `quantize` makes of a row; None: activations are "bf16", or input scales differ.
         chain: of kernels, with its workspace; backends sm100 and sm90 only.
 
     Raises:
@@ -81,12 +102,31 @@ class LinearRunner:
         self.input_scale = check_scale(name, "input_scale", input_scale, shape, self.device)
         scales = self.weight_scale_2, self.input_scale
         self.matrix = pack_matrix(weight, weight_scale, *scales, self.shard_sizes, activations)
+        self.quantized_row = self._quantized_row() if len(self.matrix.scale_groups) == 1 else None
         self._forward = make_forward(self)
         self.runner_id = registry.register(self, "linear")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Runs the layer: x (M, K) bfloat16 -> (M, N) bfloat16. The op has checked x."""
         return self._forward(self, x)
+
+    def quantize(self, x: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+        """The first half of a call, for `quantized_row`s: x (M, K) bfloat16 -> rows; their block scales go to sf."""
+        if self.backend == "reference":
+            return unscaled_activation(x, self.matrix.scale_groups[0].input_scale)
+        return self.chain.quantize(x, sf)
+
+    def multiply(self, a: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+        """The second half: `quantized_row`s -> (M, N) bfloat16."""
+        if self.backend == "reference":
+            return reference.linear_of_unscaled(a, self.matrix)
+        return self.chain.multiply(a, sf)
+
+    def _quantized_row(self) -> QuantizedRow:
+        if self.backend == "sm100":
+            k = self.in_features
+            return QuantizedRow(torch.uint8, k // NVFP4.codes_per_byte, k // NVFP4.block_size)
+        return QuantizedRow(torch.bfloat16, self.in_features, 0)
 
 
 Forward = Callable[[LinearRunner, torch.Tensor], torch.Tensor]

@@ -91,6 +91,21 @@ class LinearChain:
                 out[:, start : start + columns].copy_(part)
         return out
 
+    def quantize(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """x (M, K) bf16 -> codes (M, K/2) uint8, and their swizzled scales, for the one group there is."""
+        (group,) = self.groups
+        codes = x.new_empty(x.shape[0], self.in_features // NVFP4.codes_per_byte, dtype=torch.uint8)
+        quantize_sm100.quantize(x, group.input_scale, codes, scales)
+        return codes
+
+    def multiply(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """What `quantize` gives -> (M, N) bf16."""
+        ((_, ((_, operand),)),) = self.groups
+        out = codes.new_empty(codes.shape[0], self.out_features, dtype=torch.bfloat16)
+        if codes.shape[0]:
+            self._gemm(codes, scales, operand, out)
+        return out
+
     def _gemm(self, codes: torch.Tensor, scales: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
         linear_gemm(codes, scales, operand, self._one_group.of(codes.shape[0]), out)
 

@@ -82,6 +82,21 @@ class LinearChain:
                 grouped_gemm(self.workspace, a, operand, rows, out[:, start:end])
         return out
 
+    def quantize(self, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """x (M, K) bf16 -> the same, rounded for the one group there is."""
+        (group,) = self.groups
+        a = x.new_empty(x.shape)
+        quantize_sm90.round_rows(x, group.input_scale, a)
+        return a
+
+    def multiply(self, a: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """What `quantize` gives -> (M, N) bf16."""
+        ((_, ((_, _, operand),)),) = self.groups
+        out = a.new_empty(a.shape[0], self.out_features)
+        if a.shape[0]:
+            grouped_gemm(self.workspace, a, operand, self._one_group.of(a.shape[0]), out)
+        return out
+
 
 class SharedExpertChain:
     """bf16(down(swiglu(gate_up(x)))).

@@ -1,4 +1,4 @@
-"""What the overlay changes in DeepSeek-V4's attention, for CPU and NVIDIA: three methods and two submodules.
+"""What the overlay changes in DeepSeek-V4's attention, for CPU and NVIDIA: five methods and two submodules.
 
 Upstream builds the compressor's projections and the indexer's weights_proj without a quantization method, and its NVIDIA
 path multiplies by `.weight` directly. The submodules are replaced after construction; the methods live in a mixin that is
@@ -13,9 +13,10 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, Replic
 from vllm.utils.multi_stream_utils import execute_in_parallel
 
 from cutedsl.ops.wo_a import wo_a as wo_a_op
+from cutedsl.runners.linear import LinearRunner
 from cutedsl.runners.wo_a import WoARunner
 from cutedsl.runners.workspace import workspace
-from vllm_nvfp4 import dump, platform
+from vllm_nvfp4 import dump, platform, shared_input
 from vllm_nvfp4.checkpoint import CheckpointError
 from vllm_nvfp4.mixin import Upstream, in_front_of
 from vllm_nvfp4.wo_a import ModelOptNvFp4WoAMethod, input_scale_bound
@@ -25,6 +26,9 @@ class Nvfp4AttentionMixin(Upstream):
     """Methods in front of an upstream attention class."""
 
     nvfp4_wo_a_runner: WoARunner | None = None
+    nvfp4_shared_input: shared_input.SharedInput | None = None
+    nvfp4_input_runner: LinearRunner | None = None
+    nvfp4_shared_query: shared_input.SharedQuery | None = None
 
     def _o_proj(self, o: Any, positions: torch.Tensor) -> torch.Tensor:
         """Inverse RoPE, wo_a and wo_b; upstream's own unless wo_a is in NVFP4."""
@@ -39,27 +43,72 @@ class Nvfp4AttentionMixin(Upstream):
             return super()._alloc_attn_out(num_tokens, hidden_states)
         return hidden_states.new_empty((num_tokens, self.padded_heads, self.head_dim))
 
+    def _split_qkv_and_norm(self, qr_kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Upstream's; the query latent already quantized where wq_b and the indexer's wq_b take it alike."""
+        qr, qr_scale, kv = super()._split_qkv_and_norm(qr_kv)
+        if self.nvfp4_shared_query is not None:
+            qr, qr_scale = self.nvfp4_shared_query(qr)
+        return qr, qr_scale, kv
+
+    def _wq_b_proj(self, qr: torch.Tensor, qr_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """wq_b, of what `_split_qkv_and_norm` gave."""
+        return super()._wq_b_proj(qr) if qr_scale is None else shared_input.multiply(self.wq_b, qr, qr_scale)
+
     def _run_parallel_input_projections(self, hidden_states: torch.Tensor) -> tuple[Any, Any, Any, Any]:
-        """The four projections of the layer's input, through their modules instead of `.weight`.
+        """The four projections of the layer's input, through their modules instead of `.weight`; joined ones in one GEMM.
 
         kv scores are computed in BF16 and widened: NVFP4 kernels emit the activation's dtype.
         """
         streams = self.aux_stream_list[:3] if self.aux_stream_list is not None else None
-        projections: list[Any] = [None, None, None]
+        projections: list[Any] = [lambda: self._fused_wqa_wkv_gemm(hidden_states), None, None, None]
         if self.compressor is not None:
-            projections[0] = lambda: kv_score(self.compressor, hidden_states)
+            projections[1] = lambda: kv_score(self.compressor, hidden_states)
         if self.indexer is not None:
-            projections[1] = lambda: self.indexer.weights_proj(hidden_states)[0]
-            projections[2] = lambda: kv_score(self.indexer.compressor, hidden_states)
-        qr_kv, (main, weights, index) = execute_in_parallel(
-            lambda: self._fused_wqa_wkv_gemm(hidden_states),
-            projections,
+            projections[2] = lambda: self.indexer.weights_proj(hidden_states)[0]
+            projections[3] = lambda: kv_score(self.indexer.compressor, hidden_states)
+        joined = self.nvfp4_shared_input if self.nvfp4_input_runner is not None else None
+        if joined is not None:
+            first, *others = joined.places
+            projections[first] = lambda: joined(hidden_states)
+            for place in others:
+                projections[place] = None
+        default, aux = execute_in_parallel(
+            projections[0],
+            projections[1:],
             self.ln_events[0],
             self.ln_events[1:4],
             streams,
             enable=hidden_states.shape[0] <= envs.VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD,
         )
+        results = [default, *aux]
+        if joined is not None:
+            for place, columns in zip(joined.places, results[joined.places[0]], strict=True):
+                results[place] = columns.float() if place in KV_SCORES else columns
+        qr_kv, main, weights, index = results
         return qr_kv, main, index, weights
+
+
+class Nvfp4IndexerMixin(Upstream):
+    """One method in front of an upstream indexer class."""
+
+    def _wq_b_proj(self, qr: torch.Tensor, qr_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """As the attention's."""
+        return super()._wq_b_proj(qr) if qr_scale is None else shared_input.multiply(self.wq_b, qr, qr_scale)
+
+
+# Of the four projections, in the order of upstream's streams: those that upstream computes in fp32.
+KV_SCORES = (1, 3)
+
+
+def input_linears(attn: Any) -> list[Any]:
+    """The linears of the four projections of the layer's input, in the order of upstream's streams; None for none."""
+    compressor, indexer = attn.compressor, attn.indexer
+    return [
+        attn.fused_wqa_wkv,
+        compressor and compressor.fused_wkv_wgate,
+        indexer and indexer.weights_proj,
+        indexer and indexer.compressor.fused_wkv_wgate,
+    ]
 
 
 def kv_score(compressor: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -78,6 +127,8 @@ def adapt(attn: Any, quant_config: Any) -> None:
     if attn.indexer is not None:
         _replace_fused(attn.indexer.compressor, quant_config)
         _replace_weights_proj(attn.indexer, quant_config)
+        attn.indexer.__class__ = in_front_of(Nvfp4IndexerMixin, type(attn.indexer))
+    attn.nvfp4_shared_input = shared_input.join(f"{attn.prefix}.input_projections", input_linears(attn))
     if isinstance(attn.wo_a.quant_method, ModelOptNvFp4WoAMethod):
         # The CPU class wraps this method on the instance to pack a BF16 copy, which NVFP4 does not have.
         attn.wo_a.quant_method.__dict__.pop("process_weights_after_loading", None)
@@ -110,19 +161,21 @@ def _separate_workspaces(attn: Any) -> None:
 
     Streams as in `_run_parallel_input_projections`; the indexer's wq_b runs beside wq_b on one of the same.
     """
-    beside: list[tuple[int, Any]] = []
-    if attn.compressor is not None:
-        beside.append((0, attn.compressor.fused_wkv_wgate))
+    beside: list[tuple[int, Any]] = [
+        (stream, getattr(linear, "nvfp4_runner", None)) for stream, linear in enumerate(input_linears(attn)[1:])
+    ]
     if attn.indexer is not None:
-        beside += [(1, attn.indexer.weights_proj), (1, attn.indexer.wq_b), (2, attn.indexer.compressor.fused_wkv_wgate)]
-    for stream, linear in beside:
-        chain = getattr(getattr(linear, "nvfp4_runner", None), "chain", None)
-        if chain is not None:  # the reference has no buffers
-            chain.workspace = workspace(f"linear, auxiliary stream {stream}", linear.nvfp4_runner.device)
+        beside.append((1, getattr(attn.indexer.wq_b, "nvfp4_runner", None)))
+    if attn.nvfp4_input_runner is not None and attn.nvfp4_shared_input.places[0] > 0:
+        beside.append((attn.nvfp4_shared_input.places[0] - 1, attn.nvfp4_input_runner))
+    for stream, runner in beside:
+        if hasattr(runner, "chain"):  # the reference has no buffers
+            runner.chain.workspace = workspace(f"linear, auxiliary stream {stream}", runner.device)
 
 
 def finish(attn: Any) -> None:
-    """After the load: separate what runs side by side, build wo_a's runner, and make sure that RoPE's table is still fp32.
+    """After the load: build the runners of joined linears and of wo_a, separate what runs side by side, and make sure that
+    RoPE's table is still fp32.
 
     Raises: CheckpointError - a norm weight is not finite, so wo_a's activation bound is not; RuntimeError - the table was
         rounded (positions beyond a few hundred would be wrong).
@@ -130,6 +183,11 @@ def finish(attn: Any) -> None:
     table = attn.rotary_emb.cos_sin_cache
     if table.dtype != torch.float32:
         raise RuntimeError(f"{attn.prefix}: RoPE's cos/sin table is {table.dtype}, expected float32; vLLM changed it")
+    if attn.nvfp4_shared_input is not None:
+        attn.nvfp4_input_runner = attn.nvfp4_shared_input.finish()
+    if attn.indexer is not None:
+        query = attn.wq_b, attn.indexer.wq_b
+        attn.nvfp4_shared_query = shared_input.share_query(*query, attn.max_num_batched_tokens)
     _separate_workspaces(attn)
     method = attn.wo_a.quant_method
     if not isinstance(method, ModelOptNvFp4WoAMethod):

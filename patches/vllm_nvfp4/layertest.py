@@ -2,9 +2,9 @@
 
     nvfp4 layertest CHECKPOINT [--layers 0,2,30] [--tokens 1,64,512] [--backend reference] [--json]
 
-Every NVFP4 operator of a layer is built as the engine builds it, given random inputs of the calibrated size, and compared
-with FP32 matrix products of the dequantized tensors: cosine, worst row, and the time of a call on warm caches. With
-NVFP4_WO_A=1 a wo_a in BF16 is quantized and tested too.
+Every NVFP4 operator of a layer is built as the engine builds it (linears with a common input each alone), given random
+inputs of the calibrated size, and compared with FP32 matrix products of the dequantized tensors: cosine, worst row, and the
+time of a call on warm caches. With NVFP4_WO_A=1 a wo_a in BF16 is quantized and tested too.
 
 Exit codes: 0 all answers are right, 1 one is not or an operator was refused, 2 the checkpoint cannot be read, 64 the command
 itself is wrong.

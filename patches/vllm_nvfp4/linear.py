@@ -41,8 +41,8 @@ class Nvfp4RunnerLinearKernel(NvFp4LinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Build the runner, but for a shared expert's linears: theirs are built together (shared_expert.py)."""
-        if ".shared_experts." not in layer.prefix:
+        """Build the runner, but for linears that get one together (shared_expert.py, shared_input.py)."""
+        if ".shared_experts." not in layer.prefix and not getattr(layer, "nvfp4_is_joined", False):
             self.build_runner(layer)
 
     def build_runner(self, layer: torch.nn.Module) -> None:

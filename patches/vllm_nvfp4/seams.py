@@ -163,8 +163,8 @@ vllm.model_executor.layers.linear
   exists | LinearBase | quantization.py served.py | tells linears from other layers
   source | LinearBase.__init__ | quantization.py | asks for a method by prefix | get_quant_method
   exists | LinearBase.input_size,output_size MergedColumnParallelLinear.output_sizes | attention.py | sizes to rebuild
-  exists | LinearBase.prefix | linear.py served.py shared_expert.py | names runners
-  exists | LinearBase.quant_method | attention.py served.py shared_expert.py | tells who serves a linear
+  exists | LinearBase.prefix | linear.py served.py shared_expert.py shared_input.py | names runners
+  exists | LinearBase.quant_method | attention.py served.py shared_expert.py shared_input.py | tells who serves a linear
   source | LinearMethodBase | wo_a.py | base class
   source | UnquantizedLinearMethod | attention.py quantization.py wo_a.py | high precision; frees weights on CPUs
   source | register_weight_loader_v2_supported_method | linear.py wo_a.py | goes by the class's name
@@ -249,6 +249,9 @@ vllm.models.deepseek_v4.attention
   source | DeepseekV4Attention._alloc_attn_out,_run_parallel_input_projections | attention.py | overridden: compare
   source | DeepseekV4Attention.forward | attention.py | calls what we override | _o_proj
   source | DeepseekV4Attention._fused_wqa_wkv_gemm | attention.py | called from ours
+  source | DeepseekV4Attention._split_qkv_and_norm,_wq_b_proj | attention.py | overridden: what passes between them
+  source | DeepseekV4Indexer._wq_b_proj | attention.py | overridden, likewise
+  source | DeepseekV4Attention.max_num_batched_tokens | attention.py | the most rows of a query latent
   source | DeepseekV4Attention.compressor,indexer | attention.py | their projections are replaced
   source | DeepseekV4Attention.aux_stream_list,ln_events | attention.py | streams and events of the projections
   source | DeepseekV4Attention.wo_a,wo_b | attention.py | sizes, methods, and that no bias is returned

@@ -33,6 +33,8 @@ def check(model: torch.nn.Module, quant_config: Any) -> None:
     for module in model.modules():
         if vars(module).get("nvfp4_runner") is not None:
             served |= {id(module), *map(id, module.children())}  # a shared expert's runner serves both its linears
+        if vars(module).get("nvfp4_input_runner") is not None:
+            served.update(map(id, module.nvfp4_shared_input.linears))
         if vars(module).get("nvfp4_wo_a_runner") is not None:
             served.add(id(module.wo_a))
     recorded = {choice.module for choice in selection.choices() if choice.fallback}

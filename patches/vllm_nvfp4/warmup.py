@@ -105,7 +105,7 @@ def run(model: torch.nn.Module, limits: Limits, status: Status) -> None:
 def _runners(model: torch.nn.Module) -> Iterator[tuple[Any, torch.Tensor | None]]:
     """The runners that use kernels, wo_a's with RoPE's table."""
     for module in model.modules():
-        for name in ("nvfp4_runner", "nvfp4_wo_a_runner"):
+        for name in ("nvfp4_runner", "nvfp4_input_runner", "nvfp4_wo_a_runner"):
             runner = vars(module).get(name)
             if hasattr(runner, "chain"):
                 yield runner, module.rotary_emb.cos_sin_cache if isinstance(runner, WoARunner) else None

@@ -26,11 +26,16 @@ from cutedsl.runners.linear import LinearRunner
 # Source: cutedsl.deployment.MODELS, one rank; (n, k).
 SHAPES = {
     "pro.wqa_wkv": (2048, 7168),
+    # All that reads the input of a layer with a compressor, as served: joined.
+    "pro.inputs_c4": (4672, 7168),
+    "pro.inputs_c128": (3072, 7168),
     "pro.wq_b": (65536, 1536),
     "pro.wo_b": (7168, 16384),
     "pro.shared_l1": (6144, 7168),
     "pro.shared_l2": (7168, 3072),
     "flash.wqa_wkv": (1536, 4096),
+    "flash.inputs_c4": (4160, 4096),
+    "flash.inputs_c128": (2560, 4096),
     "flash.wq_b": (32768, 1024),
     "flash.wo_b": (4096, 8192),
     "flash.shared_l1": (4096, 4096),

@@ -52,6 +52,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 # vLLM's module -> the checkpoint's modules in it, by rows. Written again here: it is what the overlay's table must say.
 SHARDS = {"fused_wqa_wkv": ("wq_a", "wkv"), "fused_wkv_wgate": ("wkv", "wgate"), "gate_up_proj": ("w1", "w3")}
 SCALES = ("weight_scale_2", "input_scale")
+RUNNER_NAMES = ("nvfp4_runner", "nvfp4_input_runner", "nvfp4_wo_a_runner")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -257,7 +258,7 @@ def counts(model: torch.nn.Module) -> dict[str, Counter[str]]:
         kernel = getattr(method, "kernel", None) or getattr(method, "fp8_linear", None)
         if method is not None:
             methods[type(method).__name__ + (f"/{type(kernel).__name__}" if kernel else "")] += 1
-        held = (vars(module).get("nvfp4_runner"), vars(module).get("nvfp4_wo_a_runner"))
+        held = (vars(module).get(name) for name in RUNNER_NAMES)
         runners.update(type(runner).__name__ for runner in held if runner is not None)
     return {"methods": methods, "runners": runners}
 
@@ -352,7 +353,7 @@ def scenario_bf16(config: VllmConfig) -> dict[str, Any]:
     """NVFP4_ACTIVATIONS=bf16: every runner is told, wo_a's too."""
     with reference(NVFP4_ACTIVATIONS="bf16", NVFP4_WO_A="1"):
         model, facts = loaded(config, skip=".wo_a")
-    held = [vars(m).get(n) for m in model.modules() for n in ("nvfp4_runner", "nvfp4_wo_a_runner")]
+    held = [vars(m).get(n) for m in model.modules() for n in RUNNER_NAMES]
     facts["activations"] = Counter(f"{type(r).__name__} {r.activations}" for r in held if r is not None)
     return facts
 
@@ -432,19 +433,59 @@ def scenario_chains(config: VllmConfig) -> dict[str, Any]:
 
 
 def chains(config: VllmConfig) -> dict[str, Any]:
-    """What is prepared in place, whose buffers are whose, and the warm-up's calls."""
+    """What is prepared in place and what together, whose buffers are whose, and the warm-up's calls."""
+    from vllm_nvfp4 import served
+
     model = create(config)
-    feed(config, model, read(config))
+    poison(model)
+    tensors = read(config)
+    feed(config, model, tensors)
+    complete = Expected(tensors, config).compare(model, False, "")
     before = {name: raw(param).clone() for name, param in model.named_parameters()}
     process(config, model)
     layers = model.model.layers
-    held = [vars(m).get(n) for m in model.modules() for n in ("nvfp4_runner", "nvfp4_wo_a_runner")]
+    held = [vars(m).get(n) for m in model.modules() for n in RUNNER_NAMES]
     return {
+        **complete,
         "runners": Counter(f"{runner.backend} {runner.activations}" for runner in held if runner is not None),
+        "inputs": [shared_inputs(layer.attn, before) for layer in layers],
+        "shares_query": [layer.attn.nvfp4_shared_query is not None for layer in layers],
+        "all_served": failure(lambda: served.check(model, config.quant_config)),
         "shared_expert": [prepared_once(layer.ffn.shared_experts, i, before) for i, layer in enumerate(layers)],
         "workspaces": [workspaces(layer.attn) for layer in layers],
         "warm_up": warm_up(config, model),
     }
+
+
+def shared_inputs(attn: Any, before: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What became of the projections of a layer's input: those in one runner, and is that of their rows, prepared once."""
+    from vllm_nvfp4.attention import input_linears
+
+    from cutedsl.runners.linear import LinearRunner
+
+    linears = [linear for linear in input_linears(attn) if linear is not None]
+    runner = attn.nvfp4_input_runner
+    facts = {"alone": sum(hasattr(linear, "nvfp4_runner") for linear in linears), "joined": runner is not None}
+    if runner is None:
+        return facts
+
+    def rows(leaf: str, dtype: torch.dtype) -> torch.Tensor:
+        parts = [before[f"{linear.prefix}.{leaf}"].view(sum(linear.logical_widths), -1) for linear in linears]
+        return torch.cat(parts).view(dtype)
+
+    scales = [torch.cat([getattr(linear, leaf).data for linear in linears]) for leaf in SCALES]
+    widths = [width for linear in linears for width in linear.logical_widths]
+    weight, scale = rows("weight", torch.uint8), rows("weight_scale", torch.float8_e4m3fn)
+    alike = {"backend": runner.backend, "activations": runner.activations}
+    want = LinearRunner("again", weight, scale, *scales, widths, **alike).chain.groups
+    (group,) = runner.chain.groups
+    (span,) = group.spans
+    same = [torch.equal(raw(a), raw(b)) for a, b in zip(span[-1], want[0].spans[0][-1], strict=True)]
+    held = {
+        getattr(linear, leaf).untyped_storage().data_ptr() for linear in linears for leaf in ("weight", "weight_scale")
+    }
+    used = {tensor.untyped_storage().data_ptr() for tensor in span[-1][:2]}
+    return facts | {"name": runner.name, "prepared_once": all(same) and len(want) == 1, "held_once": held == used}
 
 
 def prepared_once(mlp: Any, index: int, before: dict[str, torch.Tensor]) -> bool:
@@ -478,7 +519,8 @@ def workspaces(attn: Any) -> dict[str, int]:
     if attn.indexer is not None:
         linears |= {"weights_proj": attn.indexer.weights_proj, "indexer wq_b": attn.indexer.wq_b}
         linears["indexer compressor"] = attn.indexer.compressor.fused_wkv_wgate
-    found = {name: linear.nvfp4_runner.chain.workspace for name, linear in linears.items()}
+    held = {name: getattr(linear, "nvfp4_runner", attn.nvfp4_input_runner) for name, linear in linears.items()}
+    found = {name: runner.chain.workspace for name, runner in held.items()}
     order = list(dict.fromkeys(map(id, found.values())))
     return {name: order.index(id(workspace)) for name, workspace in found.items()}
 
@@ -515,6 +557,41 @@ def warm_up(config: VllmConfig, model: Any) -> dict[str, Any]:
     frozen = compiler.frozen()
     compiler.freeze(False)
     return {"calls": calls, "frozen": frozen}
+
+
+def scenario_joined(config: VllmConfig) -> dict[str, Any]:
+    """Inputs joined as on a GPU, computed by the reference: what four projections give, beside those of a plain model."""
+    from vllm_nvfp4 import platform
+
+    facts = {}
+    for activations in ("nvfp4", "bf16"):
+        with reference(NVFP4_ACTIVATIONS=activations):
+            assert platform.backend() == "reference"
+            plain, _ = loaded(config)
+            with patch.dict(platform.CAPABILITY_OF, {"reference": (0, 0)}):
+                model, tensors = create(config), read(config)
+                poison(model)
+                feed(config, model, tensors)
+                complete = Expected(tensors, config).compare(model, False, "")
+                process(config, model)
+        pairs = zip(model.model.layers, plain.model.layers, strict=True)
+        found = [
+            both_projections(layer.attn, want.attn, config.model_config.hf_config.hidden_size) for layer, want in pairs
+        ]
+        facts[activations] = complete | {"projections": found}
+    return facts
+
+
+def both_projections(attn: Any, plain: Any, hidden: int) -> dict[str, Any]:
+    """Is each of four results of the same type, shape and bits as that of the other model?"""
+    x = torch.randn(5, hidden, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    attn.aux_stream_list = plain.aux_stream_list = None
+    results = [layer._run_parallel_input_projections(x) for layer in (attn, plain)]
+    same = [
+        got is want if want is None else got.dtype == want.dtype and torch.equal(got, want)
+        for got, want in zip(*results, strict=True)
+    ]
+    return {"same": same, "joined": attn.nvfp4_input_runner is not None}
 
 
 def scenario_ep(config: VllmConfig) -> dict[str, Any]:
@@ -629,6 +706,7 @@ RUNS = (
     scenario_wo_a,
     scenario_bf16,
     scenario_chains,
+    scenario_joined,
     scenario_ep,
     scenario_stock,
     scenario_broken,

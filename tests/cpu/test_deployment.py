@@ -297,15 +297,29 @@ def by_name(tp: int = 8, tokens: int = 64, ep: bool = False) -> dict[str, kernel
 
 
 def test_bytes_and_flop_of_a_linear() -> None:
-    m, n, k = 200, 2048, 7168
-    found = by_name(tokens=m)["wq_a + wkv"]
-    assert (found.kernel, found.shape, found.layers) == ("linear_sm100", "m 200, n 2048, k 7168", 62)
+    m, n, k = 200, 3072, 7168
+    found = by_name(tokens=m)["layer's input, ratio 128"]
+    assert (found.kernel, found.shape, found.layers) == ("linear_sm100", "m 200, n 3072, k 7168", 31)
     assert found.flop == 2 * m * n * k
     assert found.num_bytes == (m * k + n * k) // 2 + (m * k + n * k) // 16 + 4 * n + 2 * m * n
     assert found.seconds == pytest.approx(found.num_bytes / 8e12)
     assert found.bound == "memory"
     config = linear_sm100.choose_config(linear_sm100.Shape(m, n, k))
     assert (found.tile, found.smem_bytes, found.tmem_columns) == ("128x64x256", config.smem_bytes, config.tmem_columns)
+
+
+def test_linears_with_the_layers_input_are_one() -> None:
+    # wq_a, wkv; the compressor's two; weights_proj; the indexer's compressor.
+    rows = {
+        "wq_a + wkv": 1536 + 512,
+        "layer's input, ratio 128": 2048 + 1024,
+        "layer's input, ratio 4": 2048 + 2048 + 64 + 512,
+    }
+    found = {linear.name: linear for linear in Rank(PRO).linears() if linear.k == 7168}
+    assert {name: found[name].n for name in rows} == rows
+    assert sum(found[name].layers for name in rows) == Rank(PRO).num_layers
+    alone = {linear.name: linear.n for linear in Rank(PRO).input_linears()[4]}
+    assert alone == {"wq_a + wkv": 2048, "compressor": 2048, "weights_proj": 64, "indexer compressor": 512}
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 16384])

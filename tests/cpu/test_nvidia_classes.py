@@ -6,6 +6,7 @@ cannot tell: whether anything computes on a GPU, and which stock kernel vLLM wou
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,17 @@ def make(folder: Path, *, extra: dict[str, torch.Tensor] | None = None, **spec: 
     return folder
 
 
+def with_a_scale_of_its_own(affine: Path, folder: Path) -> Path:
+    """A copy of a checkpoint in which one shard of every compressor has another input_scale than its neighbours."""
+    shutil.copytree(affine, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith(".attn.compressor.wgate.input_scale"):
+            tensors[name] *= 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def results(affine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Facts of every scenario."""
@@ -57,6 +69,7 @@ def results(affine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     table = torch.randn(512, 256, generator=torch.Generator().manual_seed(1))
     own_tables = {"mtp.0.emb.tok_emb.weight": table, "mtp.0.head.weight": table + 1}
     bare = make(root / "bare", layout="bare", mtp=1, extra=own_tables)
+    apart = with_a_scale_of_its_own(affine, root / "apart")
     checkpoints = {
         "main-affine": affine,
         "main-l1": make(root / "l1", layout="L1"),
@@ -66,6 +79,9 @@ def results(affine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "wo_a": affine,
         "bf16": affine,
         "chains": affine,
+        "chains-apart": apart,
+        "joined": affine,
+        "joined-apart": apart,
         "ep": bare,
         "stock": affine,
         "broken": bare,
@@ -204,13 +220,55 @@ def test_every_runner_is_told_the_activations(results: dict[str, Any]) -> None:
 
 
 BACKENDS = {"sm100": "nvfp4", "sm90": "bf16"}  # with their activations
+NUM_INPUTS = {0: 1, 128: 2, 4: 4}  # linears that read the layer's input, by ratio
+
+
+def is_joined(scenario: str, backend: str, ratio: int) -> bool:
+    """In "apart" input scales differ, which matters where activations are quantized."""
+    return NUM_INPUTS[ratio] > 1 and (scenario == "chains" or BACKENDS[backend] == "bf16")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gpus_own_kernels_serve_every_module(results: dict[str, Any], backend: str) -> None:
-    # All linears but the shared experts' two, and three more operators, a layer each.
+@pytest.mark.parametrize("scenario", ["chains", "chains-apart"])
+def test_a_gpus_own_kernels_serve_every_module(results: dict[str, Any], scenario: str, backend: str) -> None:
+    # All linears but the shared experts' two, and three more operators, a layer each; joined ones have one.
     num_runners = NUM_LINEARS + (3 - NUM_SHARED) * len(RATIOS)
-    assert facts_of(results, "chains")[backend]["runners"] == {f"{backend} {BACKENDS[backend]}": num_runners}
+    num_runners -= sum(NUM_INPUTS[ratio] - 1 for ratio in RATIOS if is_joined(scenario, backend, ratio))
+    facts = facts_of(results, scenario)[backend]
+    assert facts["runners"] == {f"{backend} {BACKENDS[backend]}": num_runners}
+    assert facts["all_served"] == "no error: None"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scenario", ["chains", "chains-apart"])
+def test_linears_with_one_input_are_one_where_it_is_rounded_once(
+    results: dict[str, Any], scenario: str, backend: str
+) -> None:
+    facts = facts_of(results, scenario)[backend]
+    assert [facts[problem] for problem in ("unfilled", "mismatched", "unused", "foreign")] == [[], [], [], []]
+    for layer, (ratio, found) in enumerate(zip(RATIOS, facts["inputs"], strict=True)):
+        if is_joined(scenario, backend, ratio):
+            name = f"model.layers.{layer}.attn.input_projections"
+            assert found == {"alone": 0, "joined": True, "name": name, "prepared_once": True, "held_once": True}
+        else:
+            assert found == {"alone": NUM_INPUTS[ratio], "joined": False}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_query_latent_is_quantized_once(results: dict[str, Any], backend: str) -> None:
+    # Alone, or not quantized at all, wq_b takes it as it is.
+    want = [ratio == 4 and BACKENDS[backend] == "nvfp4" for ratio in RATIOS]
+    assert facts_of(results, "chains")[backend]["shares_query"] == want
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("scenario", ["joined", "joined-apart"])
+def test_joined_projections_are_those_of_the_parts(results: dict[str, Any], scenario: str, activations: str) -> None:
+    facts = facts_of(results, scenario)[activations]
+    assert [facts[problem] for problem in ("unfilled", "mismatched", "unused", "foreign")] == [[], [], [], []]
+    for ratio, found in zip(RATIOS, facts["projections"], strict=True):
+        assert found["same"] == [True] * 4
+        assert found["joined"] == (NUM_INPUTS[ratio] > 1 and (scenario == "joined" or activations == "bf16"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -220,12 +278,14 @@ def test_a_shared_experts_weights_are_prepared_once(results: dict[str, Any], bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_linears_that_run_side_by_side_share_no_buffers(results: dict[str, Any], backend: str) -> None:
-    for ratio, found in zip(RATIOS, facts_of(results, "chains")[backend]["workspaces"], strict=True):
+@pytest.mark.parametrize("scenario", ["chains", "chains-apart"])
+def test_linears_that_run_side_by_side_share_no_buffers(results: dict[str, Any], scenario: str, backend: str) -> None:
+    for ratio, found in zip(RATIOS, facts_of(results, scenario)[backend]["workspaces"], strict=True):
         main = {found[name] for name in ("wqa_wkv", "wq_b", "wo_b")}
         assert len(main) == 1  # one after the other: no need for more memory
-        at_once = {0: [], 128: ["compressor"], 4: ["compressor", "weights_proj", "indexer compressor"]}[ratio]
-        assert len(main | {found[name] for name in at_once}) == 1 + len(at_once)
+        others = {0: [], 128: ["compressor"], 4: ["compressor", "weights_proj", "indexer compressor"]}[ratio]
+        at_once = 0 if is_joined(scenario, backend, ratio) else len(others)
+        assert len(main | {found[name] for name in others}) == 1 + at_once
         if ratio == 4:
             assert found["indexer wq_b"] not in main
 
@@ -245,9 +305,9 @@ def test_the_warm_up_calls_each_shape_with_every_batch(results: dict[str, Any], 
         largest = 80 if kind == "MoeRunner" else 40
         assert sizes == sorted(set(sizes), reverse=True)
         assert (sizes[0], sizes[-1]) == (largest, 1)
-    # wqa_wkv, wq_b, wo_b; the compressor at 4 and at 128; indexer.wq_b, weights_proj and the indexer's compressor.
+    # wqa_wkv, wq_b, wo_b, indexer.wq_b, and the joined inputs at 4 and at 128.
     once = dict.fromkeys(("MoeRunner", "SharedExpertRunner", "WoARunner"), 1)
-    assert {kind: len(layers) for kind, layers in of_kind.items()} == {"LinearRunner": 8, **once}
+    assert {kind: len(layers) for kind, layers in of_kind.items()} == {"LinearRunner": 6, **once}
 
 
 def test_a_module_without_its_runner_ends_the_start(results: dict[str, Any]) -> None:

@@ -82,6 +82,10 @@ MODEL_LINEARS = [
     (16, [32768], 1024, [0]),
     (2048, [4096], 8192, [0]),
     (8192, [2048], 7168, [0]),
+    # What reads a layer's input, as one: wq_a, wkv; a compressor's two; weights_proj; the indexer's compressor.
+    (1, [1536, 512, 1024, 1024, 64, 256, 256], 7168, [0] * 7),
+    (64, [1536, 512, 1024, 1024, 64, 256, 256], 7168, [0] * 7),
+    (2048, [1536, 512, 512, 512], 7168, [0] * 4),
 ]
 
 
@@ -95,6 +99,19 @@ def test_linear(activations: str, tokens: int, shards: list[int], k: int, scales
     assert (y.shape, y.dtype, y.is_contiguous()) == ((tokens, sum(shards)), torch.bfloat16, True)
     assert_rounded(y, exact, k)
     assert_same("the same call again", OPS.linear(x, runner.runner_id), y)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 200])
+def test_two_halves_are_the_linear(tokens: int) -> None:
+    runner = built(LinearRunner, linear_arguments([8192], 1536, [0]), "nvfp4")
+    sf = torch.zeros(runner.quantized_row.sf_shape(tokens), dtype=torch.uint8, device="cuda")
+
+    def halves(x: torch.Tensor) -> torch.Tensor:
+        return OPS.linear_of_quantized(OPS.quantize_input(x, sf, runner.runner_id), sf, runner.runner_id)
+
+    x = random_x(tokens, tokens, 1536)
+    assert_same("one call", halves(x), OPS.linear(x, runner.runner_id))
+    assert_replays(halves, (x,), (random_x(tokens + 1, tokens, 1536),))
 
 
 def test_linear_of_strided_rows(activations: str) -> None:
