@@ -35,6 +35,12 @@ have a flag all the same, as they would have to be looked at one by one and set 
 Clusters. With many tokens the loads of X are what is too much for L2. Then (`cluster_w`) two CTAs take neighbouring weight
 tiles of the same tokens, and each loads half of the tokens for both.
 
+Shared tiles. Where the tiles of few rows and few tokens are a half of the SMs, or a quarter, sums need not go through global
+memory: the CTAs of a cluster (`cluster_k`) take a part of a tile's steps of K each, and leave their sums in each other's
+shared memory, in stages that nobody reads any more. Each finishes its part of the tokens, so that exchange and stores take
+all of them: it adds what it has got in the order of the CTAs. The hardware starts a cluster's CTAs together: waiting for
+each other they cannot wait for one that has no place. There is a cluster for every tile, and none has a second.
+
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
 
@@ -77,6 +83,8 @@ MAX_TILE_N = 256
 MAX_SUMS = 320
 # Tokens of a tile: of a linear with few tokens and with many, and of several groups at most.
 MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 144
+# CTAs of a cluster: what every Hopper GPU has room for. Source: CUDA C++ Programming Guide, "Thread Block Clusters".
+MAX_CLUSTER_K = 8
 # Of rounds of tiles, what must be tiles for even shares not to be faster: they cost an exchange of sums.
 MIN_FILLED = 0.85
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
@@ -131,7 +139,8 @@ class Config:
         num_consumers: warpgroups that decode and multiply, each its share of tile_w.
         overlap: weights are decoded while the tensor cores work on those before.
         cluster_w: CTAs of a cluster with neighbouring weight tiles of the same tokens, which each loads a part of for all.
-        even: every CTA has the same number of steps of K; not with cluster_w.
+        even: every CTA has the same number of steps of K; not in a cluster.
+        cluster_k: CTAs of a cluster which share a tile's steps of K, and its tokens to finish; not with cluster_w.
         arch: a key of ARCHS.
     """
 
@@ -143,7 +152,13 @@ class Config:
     overlap: bool = True
     cluster_w: int = 1
     even: bool = False
+    cluster_k: int = 1
     arch: str = "sm_90a"
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.cluster_w * self.cluster_k
 
     @property
     def blocks(self) -> int:
@@ -166,9 +181,14 @@ class Config:
         return self.consumer_threads // WARP
 
     @property
+    def store_n(self) -> int:
+        """Tokens of a tile that a CTA finishes; the last ones of a cluster may have fewer, or none."""
+        return -(-self.tile_n // (8 * self.cluster_k)) * 8
+
+    @property
     def unit_tokens(self) -> int:
         """Tokens that pass through shared memory at a time."""
-        return math.gcd(self.tile_n, UNIT_TOKENS)
+        return math.gcd(self.store_n, UNIT_TOKENS)
 
     @property
     def sums_of_thread(self) -> int:
@@ -184,6 +204,11 @@ class Config:
     def stage_bytes(self) -> int:
         """What the loads of one stage write, and its barrier expects."""
         return self.blocks * (BLOCK_BYTES + BLOCK_SF_BYTES) + 2 * self.tile_n * TILE_K
+
+    @property
+    def cluster_sums_bytes(self) -> int:
+        """What the CTAs of a cluster leave in one's stages."""
+        return 4 * self.tile_w * self.store_n * self.cluster_k
 
     @property
     def fixed_bytes(self) -> int:
@@ -214,6 +239,13 @@ class Config:
             )
         if self.cluster_w not in (1, 2) or (self.even and self.cluster_w > 1):
             raise ValueError(f"Config: cluster_w is {self.cluster_w} and even {self.even}, expected 1, or 2 and False")
+        if self.cluster_k not in range(1, MAX_CLUSTER_K + 1) or (
+            self.cluster_k > 1 and (self.even or self.cluster_w > 1)
+        ):
+            raise ValueError(
+                f"Config: cluster_k is {self.cluster_k} with cluster_w {self.cluster_w} and even {self.even}, expected 1 .. "
+                f"{MAX_CLUSTER_K}, and 1 with either"
+            )
         largest = 128 * LARGE_TILE_N if self.flagged else 2 * WARPGROUP * MIN_FLAGGED_SUMS
         if self.even and self.tile_w * self.tile_n > largest:
             raise ValueError(f"Config: {self} has even shares, expected a tile of at most {largest} sums")
@@ -227,6 +259,12 @@ class Config:
             raise ValueError(f"Config: {self} has more sums than registers; take a smaller tile_n or tile_w")
         if self.num_stages < 2:
             raise ValueError(f"Config: num_stages is {self.num_stages}, expected at least 2")
+        largest = self.num_stages * max(2 * self.tile_n * TILE_K, self.blocks * BLOCK_BYTES)
+        if self.cluster_k > 1 and self.cluster_sums_bytes > largest:
+            raise ValueError(
+                f"Config: {self} leaves {self.cluster_sums_bytes} bytes of sums in stages that have {largest}; take more stages, "
+                "or a smaller tile or cluster_k"
+            )
         arch = ARCHS[self.arch]
         if self.smem_bytes > arch.smem_bytes:
             raise ValueError(
@@ -326,10 +364,10 @@ def _grouped_config(epilogue: str, tile_n: int, arch: str) -> Config:
 
 def largest_config(
     epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, cluster_w: int = 1,
-    even: bool = False, arch: str = "sm_90a",
+    even: bool = False, cluster_k: int = 1, arch: str = "sm_90a",
 ) -> Config:  # fmt: skip
     """The configuration of that tile with as many stages as fit the architecture."""
-    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, even, arch)
+    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, even, cluster_k, arch)
     num_stages = (ARCHS[arch].smem_bytes - without_stages.fixed_bytes) // without_stages.stage_bytes
     return replace(without_stages, num_stages=num_stages).validate()
 
@@ -344,11 +382,16 @@ class _Smem(NamedTuple):
     sX: Any
     # (words of a token, unit_tokens, warpgroup) of Float32
     sOut: Any
+    # (4 sums, consumer thread, blocks of a warpgroup, store_n / 8, CTA that left them) of Float32, in place of stages
+    sSums: Any
     # (MAX_EXPERTS + 1,): token tiles of all experts before each one; of all experts behind the last.
     sTile: Any
     # One barrier a stage: loads have arrived; all consumer warps, of all CTAs that were loaded for, are done.
     full: Any
     empty: Any
+    # With cluster_k: no CTA of the cluster reads its stages any more; all that they leave in sSums has arrived.
+    done: Any
+    left: Any
 
 
 class _Tiles(NamedTuple):
@@ -362,8 +405,9 @@ class _Tiles(NamedTuple):
     # Steps of K of a tile.
     num_k: Any
     sTile: Any
-    # Of this CTA in its cluster.
+    # Of this CTA in its cluster: which weight tile is its, which part of the steps of K.
     rank: Any
+    rank_k: Any
     # With even shares: this CTA's, its first step and the one behind its last, of all tiles end to end. The first
     # num_longer shares have one step more than share_steps.
     share: Any
@@ -387,7 +431,7 @@ class _Place(NamedTuple):
     expert: Any
     # First block of the tile's weight rows.
     block: Any
-    # Tokens of the tile that there are, and the row of the first in D.
+    # Tokens that there are for this CTA to store, and the row of the first in D.
     num_tokens: Any
     row: Any
     # For each block of the warpgroup and h: what rows g + 8 h of the thread are multiplied with.
@@ -449,7 +493,7 @@ class GroupedGemmSm90:
         max_active_clusters: cutlass.Int32,
         stream: Any,
     ) -> None:
-        """Makes the tensor map of X, on the host, and launches min(tiles, max_active_clusters) clusters.
+        """Makes the tensor map of X, on the host, and launches min(tiles, max_active_clusters) clusters, or all (cluster_k).
 
         Args:
             mX: (P, k) bf16.
@@ -465,7 +509,7 @@ class GroupedGemmSm90:
             limit: of SwiGLU, infinity for none.
             n: weight rows of an expert, without padding.
             group_rows, group_columns: what each expert's rows and columns of D begin at.
-            max_active_clusters: the most clusters to launch, at least 1.
+            max_active_clusters: the most clusters to launch, at least 1; of no use with cluster_k.
             stream: to launch on.
         """
         config = self.config
@@ -479,20 +523,22 @@ class GroupedGemmSm90:
             load, mX, x_stage, (config.tile_n, TILE_K), num_multicast=config.cluster_w
         )
         # As many as there could be: only the device knows how many there are.
-        num_tiles = cute.ceil_div(num_rows, config.tile_n) + cute.size(mCount)
+        num_tiles = (num_rows + cute.size(mCount) * (config.tile_n - 1)) // config.tile_n
         num_tiles = num_tiles * cute.ceil_div(n, config.tile_w * config.cluster_w)
         if cutlass.const_expr(config.even):
             num_tiles = max_active_clusters
         clusters = cutlass.min(num_tiles, max_active_clusters)
+        if cutlass.const_expr(config.cluster_k > 1):
+            clusters = num_tiles
         out = _Out(
             mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit, mCount,
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
         self.kernel(tiled_mma, tma_x, mX, weights, out, self._exchange(mSums, mFlag)).launch(
-            grid=(clusters * config.cluster_w, 1, 1),
+            grid=(clusters * config.cluster, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
-            cluster=(config.cluster_w, 1, 1),
+            cluster=(config.cluster, 1, 1),
             stream=stream,
         )
 
@@ -511,10 +557,16 @@ class GroupedGemmSm90:
                 for stage in cutlass.range_constexpr(config.num_stages):
                     cute.arch.mbarrier_init(smem.full + stage, 1)
                     cute.arch.mbarrier_init(smem.empty + stage, config.load_warp * config.cluster_w)
+                if cutlass.const_expr(config.cluster_k > 1):
+                    cute.arch.mbarrier_init(smem.done, config.load_warp * config.cluster_k)
+                    cute.arch.mbarrier_init(smem.left, 1)
         if warp == config.load_warp:
             count_tiles(out.mCount, smem.sTile, config.tile_n)
         # Behind this barrier all mbarriers are initialised, and the tiles are in shared memory.
         cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(config.cluster_k > 1):
+            # Waited for where others' mbarriers are used first.
+            cute.arch.cluster_arrive_relaxed()
         self._sync()
         tiles = self._tiles(weights[0], out.n, smem.sTile)
 
@@ -599,7 +651,7 @@ class GroupedGemmSm90:
         in_flight = 1 if config.overlap else 0
         index, phase = cutlass.Int32(0), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
-            place = self._place(self._find(tiles, tile), group, thread, out)
+            place = self._place(self._find(tiles, tile), tiles.rank_k, group, thread, out)
             acc.fill(0.0)
             last = cutlass.Int32(-1)
             first_k, end_k = self._steps(tiles, tile)
@@ -647,6 +699,8 @@ class GroupedGemmSm90:
                         self._add(sums, theirs, tiles.share + 1, last)
                     self._store(sums, smem, place, group, thread, out)
             else:
+                if cutlass.const_expr(config.cluster_k > 1):
+                    sums = self._add_in_cluster(sums, smem, tiles.rank_k, group * WARPGROUP + thread)
                 self._store(sums, smem, place, group, thread, out)
 
     @cute.jit
@@ -661,7 +715,7 @@ class GroupedGemmSm90:
                         cute.arch.mbarrier_arrive(smem.empty + index, cta)
 
     @cute.jit
-    def _place(self, at: _Tile, group: Any, thread: Any, out: _Out) -> _Place:
+    def _place(self, at: _Tile, rank_k: Any, group: Any, thread: Any, out: _Out) -> _Place:
         """Loads what storing a tile needs, so that nothing waits for it later."""
         config = self.config
         block = at.w_tile * config.blocks + group * config.blocks_of_warpgroup
@@ -670,8 +724,11 @@ class GroupedGemmSm90:
             [self._alpha(out, at.expert, w_row + b * BLOCK_ROWS + 8 * h) for h in range(2)]
             for b in range(config.blocks_of_warpgroup)
         ]
-        row = out.mPaddedOffset[at.expert] + at.first_token - at.expert * out.group_rows
+        # Of a tile that several share, from this CTA's first token on; there may be none.
+        first = rank_k * config.store_n
+        row = out.mPaddedOffset[at.expert] + at.first_token + first - at.expert * out.group_rows
         num_tokens = cutlass.min(out.mCount[at.expert] - at.first_token, config.tile_n)
+        num_tokens = cutlass.min(num_tokens - first, config.store_n)
         return _Place(at.expert, block, num_tokens, row, alphas)
 
     @cute.jit
@@ -738,6 +795,42 @@ class GroupedGemmSm90:
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
 
     @cute.jit
+    def _add_in_cluster(self, sums: cute.Tensor, smem: _Smem, rank_k: Any, thread: Any) -> cute.Tensor:
+        """Leaves each CTA of the cluster its tokens' sums; returns this one's of all, added in the order of the CTAs."""
+        config = self.config
+        chunks, of_slice = config.tile_n // 8, config.store_n // 8
+        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, chunks, config.blocks_of_warpgroup)))
+        if thread == 0:
+            num_chunks = cutlass.min(cutlass.max(chunks - rank_k * of_slice, 0), of_slice)
+            cute.arch.mbarrier_arrive_and_expect_tx(
+                smem.left, num_chunks * (config.cluster_k * 8 * config.tile_w * cutlass.Float32.width // 8)
+            )
+        # All CTAs have set up their mbarriers.
+        cute.arch.cluster_wait()
+        with cute.arch.elect_one():
+            for peer in cutlass.range_constexpr(config.cluster_k):
+                cute.arch.mbarrier_arrive(smem.done, peer)
+        cute.arch.mbarrier_wait(smem.done, 0)
+        for peer in cutlass.range_constexpr(-(-chunks // of_slice)):
+            theirs = hopper.peer_address(smem.sSums[None, thread, 0, 0, rank_k].iterator, peer)
+            left = hopper.peer_address(smem.left, peer)
+            for chunk in cutlass.range_constexpr(peer * of_slice, min(peer * of_slice + of_slice, chunks)):
+                for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+                    place = 4 * smem.sSums.layout((0, 0, b, chunk - peer * of_slice, 0))
+                    hopper.store_peer(theirs + place, [quads[i, chunk, b] for i in range(4)], left)
+        cute.arch.mbarrier_wait(smem.left, 0)
+        rSums = cute.make_rmem_tensor((4, of_slice, config.blocks_of_warpgroup), cutlass.Float32)
+        rOthers = cute.make_rmem_tensor(4, cutlass.Float32)
+        rSums.fill(0.0)
+        for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+            for chunk in cutlass.range_constexpr(of_slice):
+                for peer in cutlass.range_constexpr(config.cluster_k):
+                    cute.autovec_copy(smem.sSums[None, thread, b, chunk, peer], rOthers)
+                    for i in cutlass.range_constexpr(4):
+                        rSums[i, chunk, b] += rOthers[i]
+        return cute.make_tensor(rSums.iterator, cute.make_layout((2, 2, of_slice, config.blocks_of_warpgroup)))
+
+    @cute.jit
     def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
         """Writes a warpgroup's weights of 64 columns of a stage, times their block scales, to the fragment."""
         config = self.config
@@ -779,7 +872,7 @@ class GroupedGemmSm90:
         config = self.config
         sOut = smem.sOut[None, None, group]
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-            for unit in cutlass.range_constexpr(config.tile_n // config.unit_tokens):
+            for unit in cutlass.range_constexpr(config.store_n // config.unit_tokens):
                 if unit * config.unit_tokens < place.num_tokens:
                     # Behind this barrier the last unit has been read.
                     cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
@@ -889,13 +982,14 @@ class GroupedGemmSm90:
         num_steps = num_tiles * num_k
         num_shares = cutlass.min(num_ctas, cutlass.max(num_steps // MIN_STEPS, 1))
         tiles = _Tiles(
-            first=cta // config.cluster_w,
+            first=cta // config.cluster,
             end=num_tiles,
-            step=num_ctas // config.cluster_w,
+            step=num_ctas // config.cluster,
             num_w=num_w,
             num_k=num_k,
             sTile=sTile,
             rank=cta % config.cluster_w,
+            rank_k=cta % config.cluster_k,
             # In descending order: see the module's text. A CTA may have none: its tiles end at once.
             share=num_shares - 1 - cta,
             share_steps=num_steps // num_shares,
@@ -931,6 +1025,8 @@ class GroupedGemmSm90:
         if cutlass.const_expr(self.config.even):
             before = tile * tiles.num_k
             return cutlass.max(tiles.first_step - before, 0), cutlass.min(tiles.end_step - before, tiles.num_k)
+        if cutlass.const_expr(self.config.cluster_k > 1):
+            return tuple((tiles.rank_k + i) * tiles.num_k // self.config.cluster_k for i in range(2))
         return cutlass.Int32(0), tiles.num_k
 
     def _exchange(self, mSums: cute.Tensor | None, mFlag: cute.Tensor | None) -> _Exchange:
@@ -978,16 +1074,23 @@ class GroupedGemmSm90:
         # Swizzled buffers first: they want the largest alignment.
         sX = smem.allocate_tensor(cutlass.BFloat16, x_layout.outer, SWIZZLE_BYTES, x_layout.inner)
         blocks = (config.blocks, config.num_stages)
+        sW = smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_BYTES // 4, *blocks)), 128)
+        # Sums take the place of the larger part of the stages.
+        stages = sX if 2 * config.tile_n * TILE_K > config.blocks * BLOCK_BYTES else sW
+        shape = (4, config.consumer_threads, config.blocks_of_warpgroup, config.store_n // 8, config.cluster_k)
         return _Smem(
-            sW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_BYTES // 4, *blocks)), 128),
+            sW=sW,
             sSFW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128),
             sX=sX,
             sOut=smem.allocate_tensor(
                 cutlass.Float32, cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers)), 128
             ),
+            sSums=cute.make_tensor(cute.recast_ptr(stages.iterator, dtype=cutlass.Float32), cute.make_layout(shape)),
             sTile=smem.allocate_tensor(cutlass.Int32, cute.make_layout(MAX_EXPERTS + 1), 16),
             full=smem.allocate_array(cutlass.Int64, config.num_stages),
             empty=smem.allocate_array(cutlass.Int64, config.num_stages),
+            done=smem.allocate_array(cutlass.Int64, 1),
+            left=smem.allocate_array(cutlass.Int64, 1),
         )
 
 

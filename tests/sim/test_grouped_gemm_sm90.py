@@ -100,7 +100,12 @@ def small(epilogue: str, tile_w: int, tile_n: int, **more: Any) -> Config:
 def name(config: Config) -> str:
     """For the names of tests."""
     flags = [f"{config.num_consumers} consumers" * (config.num_consumers > 2), f"{config.num_stages} stages"]
-    flags += ["pair" * (config.cluster_w > 1), "even" * config.even, "in turn" * (not config.overlap)]
+    flags += [
+        "pair" * (config.cluster_w > 1),
+        f"shared by {config.cluster_k}" * (config.cluster_k > 1),
+        "even" * config.even,
+        "in turn" * (not config.overlap),
+    ]
     return " ".join([config.epilogue, f"{config.tile_w}x{config.tile_n}", *filter(None, flags)])
 
 
@@ -322,6 +327,45 @@ def test_even_shares_of_launches_that_follow_each_other() -> None:
     for i, config in enumerate([EVEN_CONFIGS[j] for j in (0, 3, 2, 3, 0)]):
         result = run(config, problem, 5, policy_of(i), i, sums=sums)
         assert_right(config, problem, result, None, exact=True)
+
+
+# ---- tiles shared in a cluster --------------------------------------------------------------------------------------
+
+# Experts in turn, tiles without all of their tokens too; fewer steps of K than CTAs, and more.
+SHARED = [
+    (small(BF16, 128, 64, cluster_k=4), ((70, 0, 9), 72, 1152, 1)),
+    (small(BF16, 128, 8, cluster_k=4, num_stages=4), ((9, 0, 3), 200, 272, 1)),
+    (small(BF16, 128, 80, cluster_k=2, overlap=False), ((3, 81), 136, 272, 2)),
+    (small(SWIGLU, 128, 16, cluster_k=8, num_stages=4), ((0, 17), 160, 1408, 1)),
+    # Of three CTAs, the last has a chunk of tokens less than the others; of five, the last has none.
+    (small(SWIGLU_NVFP4, 256, 32, cluster_k=3), ((33, 1), 288, 416, 1)),
+    (small(BF16, 256, 64, cluster_k=5, num_consumers=4, num_stages=5), ((50, 0), 264, 544, 1)),
+]
+
+
+@pytest.mark.parametrize(("config", "shape"), SHARED, ids=[f"{name(config)}" for config, _ in SHARED])
+def test_tiles_shared_in_a_cluster(matrix, config: Config, shape: Shapes) -> None:
+    def case(policy: str, seed: int) -> ptxsim.Report:
+        return simulate(config, shape, policy, seed, None if config.epilogue == BF16 else LIMIT)
+
+    # Lazy takes long where many stores are under way.
+    matrix(case, policies=POLICIES if config.tile_n <= 16 else ("random",))
+
+
+def test_clusters_run_one_at_a_time() -> None:
+    config, shape = SHARED[0]
+    problem = make_problem(*shape[:3], config.epilogue)
+    result = run(config, problem, 1, "random", 0, resident_clusters=1)
+    assert_right(config, problem, result, None, exact=True)
+
+
+def test_shared_tiles_give_the_same_bits_each_time() -> None:
+    config = SHARED[0][0]
+    problem = make_problem((33,), 72, 1152, BF16, exact=False)
+    runs = [("eager", 0), ("random", 1), ("random", 2)]
+    results = [run(config, problem, 7, policy, seed).d[:33] for policy, seed in runs]
+    assert all(torch.equal(results[0], result) for result in results)
+    assert_bf16(results[0], problem.y[:33])
 
 
 # ---- where rows and columns go --------------------------------------------------------------------------------------
@@ -647,6 +691,11 @@ GOOD = Config(BF16, 128, 8, 3)
         ({"num_stages": 1}, "num_stages is 1"),
         ({"cluster_w": 4, "tile_n": 32}, "cluster_w is 4"),
         ({"cluster_w": 2, "tile_n": 16, "even": True}, "cluster_w is 2 and even True"),
+        ({"cluster_k": 9}, "cluster_k is 9 with cluster_w 1 and even False"),
+        ({"cluster_k": 0}, "cluster_k is 0"),
+        ({"cluster_k": 2, "even": True}, "cluster_k is 2 with cluster_w 1 and even True"),
+        ({"cluster_k": 2, "cluster_w": 2, "tile_n": 16}, "cluster_k is 2 with cluster_w 2"),
+        ({"cluster_k": 8}, "leaves 32768 bytes of sums in stages that have 24576"),
         ({"num_stages": 40}, "bytes of shared memory"),
     ],
 )
