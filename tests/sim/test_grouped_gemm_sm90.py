@@ -84,6 +84,13 @@ def make_problem(counts: tuple[int, ...], n: int, k: int, epilogue: str, exact: 
     return Problem(x, operand, count, padded_offset, h_scale, expert, y)
 
 
+def as_one_group(problem: Problem) -> Problem:
+    """The rows of the tokens alone."""
+    [tokens] = problem.count.tolist()
+    rows = slice(0, tokens)
+    return problem._replace(x=problem.x[rows].clone(), expert=problem.expert[rows], y=problem.y[rows])
+
+
 class Result(NamedTuple):
     """What the kernel wrote, and all of it with its margins, as bytes."""
 
@@ -105,6 +112,7 @@ def name(config: Config) -> str:
         f"shared by {config.cluster_k}" * (config.cluster_k > 1),
         "even" * config.even,
         "in turn" * (not config.overlap),
+        "one group" * config.one_group,
     ]
     return " ".join([config.epilogue, f"{config.tile_w}x{config.tile_n}", *filter(None, flags)])
 
@@ -131,8 +139,9 @@ def launch(
         if sums is None:
             sums = torch.full((gemm.sums_elements(p.x.device),), STALE, dtype=torch.int32)
             gemm.zeros(sums).zero_()
+        groups = (None, None) if config.one_group else (p.count, p.padded_offset)
         gemm.grouped_gemm(
-            p.x, *p.operand, p.count, p.padded_offset, d, p.h_scale if config.epilogue == SWIGLU_NVFP4 else None, limit,
+            p.x, *p.operand, *groups, d, p.h_scale if config.epilogue == SWIGLU_NVFP4 else None, limit,
             epilogue=config.epilogue, sums=sums, **more,
         )  # fmt: skip
         assert not gemm.zeros(sums).any(), "sums were left behind"
@@ -188,6 +197,8 @@ def simulate(
 ) -> ptxsim.Report:
     counts, n, k, clusters = shape
     problem = make_problem(counts, n, k, config.epilogue, exact)
+    if config.one_group:
+        problem = as_one_group(problem)
     result = run(config, problem, clusters, policy, seed, limit)
     assert_right(config, problem, result, limit, exact)
     return result.report
@@ -259,6 +270,22 @@ def test_inexact_sums(matrix, epilogue: str) -> None:
         return simulate(config, ((9, 1), 160, 1536, 2), policy, seed, limit, exact=False)
 
     matrix(case, policies=("random",))
+
+
+# Tokens of a group that has all rows, n, k, clusters: in two tiles, and in one.
+ONE_GROUP = [
+    (small(BF16, 128, 8, one_group=True), ((9,), 136, 544, 2)),
+    (small(SWIGLU, 256, 16, one_group=True), ((3,), 288, 272, 1)),
+    (small(SWIGLU_NVFP4, 128, 8, one_group=True, even=True), ((9,), 160, 1152, 5)),
+    (small(BF16, 128, 64, one_group=True, even=True), ((65,), 136, 640, 3)),
+    (small(BF16, 128, 16, one_group=True, cluster_w=2), ((20,), 264, 272, 1)),
+    (small(BF16, 128, 16, one_group=True, cluster_k=2), ((33,), 136, 640, 1)),
+]
+
+
+@pytest.mark.parametrize(("config", "shape"), ONE_GROUP, ids=[name(config) for config, _ in ONE_GROUP])
+def test_one_group_of_all_rows(config: Config, shape: Shapes) -> None:
+    simulate(config, shape, policy_of(ONE_GROUP.index((config, shape))), 0)
 
 
 # ---- even shares ----------------------------------------------------------------------------------------------------
@@ -615,6 +642,26 @@ def test_sums_of_another_size() -> None:
         ValueError, match=f"sums has {len(tensors['sums']) - 4} elements, expected {len(tensors['sums'])}"
     ):
         gemm.grouped_gemm(**tensors | {"sums": tensors["sums"][4:]})
+
+
+@pytest.mark.parametrize(
+    ("missing", "given"),
+    [(("count",), r"\['padded_offset'\]"), (("padded_offset",), r"\['count'\]"), (NAMES[4:6], "none")],
+)
+def test_groups_that_are_not_given(missing: tuple[str, ...], given: str) -> None:
+    with pytest.raises(TypeError, match=f"of count and padded_offset, {given} are given for 2 experts"):
+        gemm.grouped_gemm(**arguments(BF16) | dict.fromkeys(missing))
+
+
+def test_one_expert_with_a_count_is_as_several() -> None:
+    # Its rows may be fewer than those of X: no configuration for a group of all rows will do.
+    problem, chosen = make_problem((3,), 64, 96, BF16), []
+    d = torch.zeros(len(problem.x), 64, dtype=torch.bfloat16)
+    sums = torch.zeros(gemm.sums_elements(d.device), dtype=torch.int32)
+    with mock.patch.object(gemm, "compiled", lambda config: lambda *args: chosen.append(config)):
+        for groups in ((problem.count, problem.padded_offset), (None, None)):
+            gemm.grouped_gemm(problem.x, *problem.operand, *groups, d, epilogue=BF16, tokens=3, sums=sums)
+    assert [config.one_group for config in chosen] == [False, True]
 
 
 def test_h_scale_is_for_one_epilogue() -> None:

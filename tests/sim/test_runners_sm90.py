@@ -81,7 +81,8 @@ def outputs(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
         return [args[4]]
     if name == "Route":
         return list(args[2:])
-    if name == "GroupedGemm" and args[6].is_contiguous() and int(args[4].sum()) == len(args[6]):
+    all_rows = name == "GroupedGemm" and (args[4] is None or int(args[4].sum()) == len(args[6]))
+    if all_rows and args[6].is_contiguous():
         return [args[6]]
     return []
 
