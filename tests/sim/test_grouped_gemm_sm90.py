@@ -361,12 +361,12 @@ def test_even_shares_of_launches_that_follow_each_other() -> None:
 # Experts in turn, tiles without all of their tokens too; fewer steps of K than CTAs, and more.
 SHARED = [
     (small(BF16, 128, 64, cluster_k=4), ((70, 0, 9), 72, 1152, 1)),
-    (small(BF16, 128, 8, cluster_k=4, num_stages=4), ((9, 0, 3), 200, 272, 1)),
-    (small(BF16, 128, 80, cluster_k=2, overlap=False), ((3, 81), 136, 272, 2)),
-    (small(SWIGLU, 128, 16, cluster_k=8, num_stages=4), ((0, 17), 160, 1408, 1)),
+    (small(BF16, 128, 8, cluster_k=4, num_stages=4), ((9, 0), 136, 272, 1)),
+    (small(BF16, 128, 80, cluster_k=2, overlap=False), ((3, 81), 72, 272, 2)),
+    (small(SWIGLU, 128, 16, cluster_k=8, num_stages=4), ((0, 17), 96, 1168, 1)),
     # Of three CTAs, the last has a chunk of tokens less than the others; of five, the last has none.
-    (small(SWIGLU_NVFP4, 256, 32, cluster_k=3), ((33, 1), 288, 416, 1)),
-    (small(BF16, 256, 64, cluster_k=5, num_consumers=4, num_stages=5), ((50, 0), 264, 544, 1)),
+    (small(SWIGLU_NVFP4, 256, 32, cluster_k=3), ((33, 1), 160, 416, 1)),
+    (small(BF16, 256, 64, cluster_k=5, num_consumers=4, num_stages=5), ((50, 0), 72, 672, 1)),
 ]
 
 
@@ -376,7 +376,7 @@ def test_tiles_shared_in_a_cluster(matrix, config: Config, shape: Shapes) -> Non
         return simulate(config, shape, policy, seed, None if config.epilogue == BF16 else LIMIT)
 
     # Lazy takes long where many stores are under way.
-    matrix(case, policies=POLICIES if config.tile_n <= 16 else ("random",))
+    matrix(case, policies=POLICIES if config.tile_n == 8 else ("random",))
 
 
 def test_clusters_run_one_at_a_time() -> None:
