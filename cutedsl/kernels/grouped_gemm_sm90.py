@@ -37,9 +37,14 @@ tiles of the same tokens, and each loads half of the tokens for both.
 
 Shared tiles. Where the tiles of few rows and few tokens are a half of the SMs, or a quarter, sums need not go through global
 memory: the CTAs of a cluster (`cluster_k`) take a part of a tile's steps of K each, and leave their sums in each other's
-shared memory, in stages that nobody reads any more. Each finishes its part of the tokens, so that exchange and stores take
-all of them: it adds what it has got in the order of the CTAs. The hardware starts a cluster's CTAs together: waiting for
-each other they cannot wait for one that has no place. There is a cluster for every tile, and none has a second.
+shared memory, in stages that nobody reads any more. Each finishes its part of the tokens, so that the exchange and what
+follows are divided too: it adds what it has got in the order of the CTAs. Each waits for all others; that is safe, as the
+hardware starts the CTAs of a cluster together or not at all, and clusters do not wait for each other. There is one for every
+tile, and none has a second, whose loads would be where sums are left. The stores carry their bytes to the mbarrier that the
+receiver waits at: no fence, which would wait for all loads under way.
+
+One group. A linear's tokens are all rows of X, which the host knows (`one_group`): no CTA counts tiles of experts or looks up
+where their rows begin, which are two loads, one after the other, before the first of X.
 
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
@@ -359,8 +364,8 @@ def _small_splits() -> list[_Split]:
 
 
 def _large_splits() -> list[_Split]:
-    # Source: as above: 7 us, 0.8 us. Pairs as measured.
-    shared = [_Split(128, 1.0, 2.0, 1.5, cluster_k=cluster_k) for cluster_k in CLUSTERS_K]
+    # Source: as above: 7 us, 0.8 us. Pairs as measured. In clusters, each CTA sends all of its sums but its part of them.
+    shared = [_Split(128, 1.0, 1.0 + 3.5 * (1 - 1 / cluster_k), 1.5, cluster_k=cluster_k) for cluster_k in CLUSTERS_K]
     return [_Split(256, 0.88, cluster_w=2), _Split(128, 1.0), _Split(128, 1.0, 9.0, even=True), *shared]
 
 
@@ -1186,7 +1191,8 @@ def grouped_gemm(
             Launches that may run at the same time need one each.
         n: weight rows without padding; None: as many as mW has.
         d_group_rows, d_group_columns: see mD.
-        max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs.
+        max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs. Where clusters share tiles,
+            there is one for each tile in any case.
 
     Raises:
         TypeError: a tensor is of another type, or is given or missing against the epilogue.
