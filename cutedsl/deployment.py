@@ -435,7 +435,9 @@ def _hopper_shapes(module: Any, asked: Deployment) -> set[tuple[int, int, int, i
     for rank in asked.ranks:
         hidden = rank.model.hidden_size
         for experts in rank.experts():
-            columns, group = experts.intermediate, (experts.num_experts, experts.top_k, experts.total)
+            # The one that a rank has of several is as several: see the kernel.
+            num_experts = experts.num_experts if experts.total == 1 else max(experts.num_experts, 2)
+            columns, group = experts.intermediate, (num_experts, experts.top_k, experts.total)
             # h is quantized or not, as activations are.
             shapes |= {(2 * columns, hidden, *group, epilogue) for epilogue in (module.SWIGLU, module.SWIGLU_NVFP4)}
             shapes.add((hidden, columns, *group, module.BF16))

@@ -39,6 +39,17 @@ Overlap. This kernel begins before the ones before it have ended: see `hopper`. 
 Clusters. With many tokens the loads of X are what is too much for L2. Then (`cluster_w`) two CTAs take neighbouring weight
 tiles of the same tokens, and each loads half of the tokens for both.
 
+Shared tiles. Where the tiles of few rows and few tokens are a half of the SMs, or a quarter, sums need not go through global
+memory: the CTAs of a cluster (`cluster_k`) take a part of a tile's steps of K each, and leave their sums in each other's
+shared memory, in stages that nobody reads any more. Each finishes its part of the tokens, so that the exchange and what
+follows are divided too: it adds what it has got in the order of the CTAs. Each waits for all others; that is safe, as the
+hardware starts the CTAs of a cluster together or not at all, and clusters do not wait for each other. There is one for every
+tile, and none has a second, whose loads would be where sums are left. The stores carry their bytes to the mbarrier that the
+receiver waits at: no fence, which would wait for all loads under way.
+
+One group. A linear's tokens are all rows of X, which the host knows (`one_group`): no CTA counts tiles of experts or looks up
+where their rows begin, which are two loads, one after the other, before the first of X.
+
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
 
@@ -81,8 +92,10 @@ MAX_TILE_N = 256
 MAX_SUMS = 320
 # Tokens of a tile: of a linear with few tokens and with many, and of several groups at most.
 MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 144
-# Of rounds of tiles, what must be tiles for even shares not to be faster: they cost an exchange of sums.
-MIN_FILLED = 0.85
+# CTAs of a cluster: what every Hopper GPU has room for. Source: CUDA C++ Programming Guide, "Thread Block Clusters".
+MAX_CLUSTER_K = 8
+# Those that `choose_config` knows.
+CLUSTERS_K = (2, 4, 8)
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
 MIN_STEPS = 4
 # A tile then has at most as many shares as a warpgroup has threads to wait for them.
@@ -136,7 +149,9 @@ class Config:
         num_consumers: warpgroups that decode and multiply, each its share of tile_w.
         overlap: weights are decoded while the tensor cores work on those before.
         cluster_w: CTAs of a cluster with neighbouring weight tiles of the same tokens, which each loads a part of for all.
-        even: every CTA has the same number of steps of K; not with cluster_w.
+        even: every CTA has the same number of steps of K; not in a cluster.
+        one_group: all rows of X are of one group: there is no list of tiles, and nothing to look up before the first load.
+        cluster_k: CTAs of a cluster which share a tile's steps of K, and its tokens to finish; not with cluster_w.
         arch: a key of ARCHS.
     """
 
@@ -148,7 +163,14 @@ class Config:
     overlap: bool = True
     cluster_w: int = 1
     even: bool = False
+    cluster_k: int = 1
+    one_group: bool = False
     arch: str = "sm_90a"
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.cluster_w * self.cluster_k
 
     @property
     def blocks(self) -> int:
@@ -171,9 +193,14 @@ class Config:
         return self.consumer_threads // WARP
 
     @property
+    def store_n(self) -> int:
+        """Tokens of a tile that a CTA finishes; the last ones of a cluster may have fewer, or none."""
+        return -(-self.tile_n // (8 * self.cluster_k)) * 8
+
+    @property
     def unit_tokens(self) -> int:
         """Tokens that pass through shared memory at a time."""
-        return math.gcd(self.tile_n, UNIT_TOKENS)
+        return math.gcd(self.store_n, UNIT_TOKENS)
 
     @property
     def sums_of_thread(self) -> int:
@@ -189,6 +216,11 @@ class Config:
     def stage_bytes(self) -> int:
         """What the loads of one stage write, and its barrier expects."""
         return self.blocks * (BLOCK_BYTES + BLOCK_SF_BYTES) + 2 * self.tile_n * TILE_K
+
+    @property
+    def cluster_sums_bytes(self) -> int:
+        """What the CTAs of a cluster leave in one's stages."""
+        return 4 * self.tile_w * self.store_n * self.cluster_k
 
     @property
     def fixed_bytes(self) -> int:
@@ -219,6 +251,13 @@ class Config:
             )
         if self.cluster_w not in (1, 2) or (self.even and self.cluster_w > 1):
             raise ValueError(f"Config: cluster_w is {self.cluster_w} and even {self.even}, expected 1, or 2 and False")
+        if self.cluster_k not in range(1, MAX_CLUSTER_K + 1) or (
+            self.cluster_k > 1 and (self.even or self.cluster_w > 1)
+        ):
+            raise ValueError(
+                f"Config: cluster_k is {self.cluster_k} with cluster_w {self.cluster_w} and even {self.even}, expected 1 .. "
+                f"{MAX_CLUSTER_K}, and 1 with either"
+            )
         largest = 128 * LARGE_TILE_N if self.flagged else 2 * WARPGROUP * MIN_FLAGGED_SUMS
         if self.even and self.tile_w * self.tile_n > largest:
             raise ValueError(f"Config: {self} has even shares, expected a tile of at most {largest} sums")
@@ -232,6 +271,12 @@ class Config:
             raise ValueError(f"Config: {self} has more sums than registers; take a smaller tile_n or tile_w")
         if self.num_stages < 2:
             raise ValueError(f"Config: num_stages is {self.num_stages}, expected at least 2")
+        largest = self.num_stages * max(2 * self.tile_n * TILE_K, self.blocks * BLOCK_BYTES)
+        if self.cluster_k > 1 and self.cluster_sums_bytes > largest:
+            raise ValueError(
+                f"Config: {self} leaves {self.cluster_sums_bytes} bytes of sums in stages that have {largest}; take more "
+                "stages, or a smaller tile or cluster_k"
+            )
         arch = ARCHS[self.arch]
         if self.smem_bytes > arch.smem_bytes:
             raise ValueError(
@@ -249,7 +294,7 @@ class Shape:
         tokens: of the largest group, as far as the host can tell; a guess costs speed only.
         n: weight rows of a group.
         k: columns.
-        num_groups: experts, 1 for a linear.
+        num_groups: experts; 1 for a linear, whose tokens are all rows of X.
     """
 
     tokens: int
@@ -272,28 +317,17 @@ def choose_config(shape: Shape, epilogue: str, arch: str = "sm_90a") -> Config:
     Raises:
         ValueError: arch or epilogue is unknown.
 
-    Source: measured on one H200, docs/bench/sm90.md.
+    Source: measured on one H200, docs/bench/sm90.md; what clusters that share tiles take is estimated.
     """
     if arch not in ARCHS:
         raise ValueError(f"choose_config: arch is {arch!r}, expected one of {sorted(ARCHS)}")
     if shape.num_groups > 1:
         return _grouped_config(epilogue, min(_round_tile(shape.tokens), MAX_GROUPED_TILE_N), arch)
-    num_sms = ARCHS[arch].num_sms
-    if shape.tokens <= MAX_SMALL_TILE_N:
-        tile_n = 1 << max(3, (shape.tokens - 1).bit_length())
-        # Wide tiles, if they fill their last round; otherwise narrower ones in even shares.
-        even = _filled(-(-shape.n // 256), num_sms) < MIN_FILLED
-        return largest_config(epilogue, 128 if even else 256, tile_n, even=even, arch=arch)
-    # Tiles of so many rows, how much of the last round of them is filled, and the rate of such a tile as measured.
-    rows = -(-shape.tokens // LARGE_TILE_N)
-    wide, narrow = (-(-shape.n // tile_w) * rows for tile_w in (512, 128))
-    rates = {
-        (256, 2, False): _filled(wide, num_sms // 2),
-        (128, 1, False): 0.88 * _filled(narrow, num_sms),
-        (128, 1, True): 0.76,
-    }
-    tile_w, cluster_w, even = max(rates, key=lambda choice: rates[choice])
-    return largest_config(epilogue, tile_w, LARGE_TILE_N, cluster_w=cluster_w, even=even, arch=arch)
+    small = shape.tokens <= MAX_SMALL_TILE_N
+    tile_n = 1 << max(3, (shape.tokens - 1).bit_length()) if small else LARGE_TILE_N
+    splits = _small_splits() if small else _large_splits()
+    times = {split: _time(shape, split, tile_n, ARCHS[arch].num_sms) for split in splits}
+    return _linear_config(epilogue, tile_n, min(times, key=lambda split: times[split]), arch)
 
 
 def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
@@ -304,16 +338,62 @@ def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
     """
     found = [_grouped_config(epilogue, tile_n, arch) for tile_n in (8, *range(16, MAX_GROUPED_TILE_N + 1, 16))]
     for tile_n in (8, 16, 32, MAX_SMALL_TILE_N):
-        found.append(largest_config(epilogue, 128, tile_n, even=True, arch=arch))
-        found.append(largest_config(epilogue, 256, tile_n, arch=arch))
-    for tile_w, cluster_w, even in ((256, 2, False), (128, 1, False), (128, 1, True)):
-        found.append(largest_config(epilogue, tile_w, LARGE_TILE_N, cluster_w=cluster_w, even=even, arch=arch))
+        found += [_linear_config(epilogue, tile_n, split, arch) for split in _small_splits()]
+    found += [_linear_config(epilogue, LARGE_TILE_N, split, arch) for split in _large_splits()]
     return tuple(dict.fromkeys(found))
 
 
-def _filled(num_tiles: int, num_ctas: int) -> float:
-    """Returns how much of all rounds of num_ctas tiles each is tiles."""
-    return num_tiles / (-(-num_tiles // num_ctas) * num_ctas)
+class _Split(NamedTuple):
+    """How a linear's work is shared by CTAs, and what that costs: fields of a Config, and estimates.
+
+    Attributes:
+        step: time of a step of K of 128 weight rows, of those of a tile of 128 that is not shared.
+        fixed: of such steps, what the exchange of sums takes.
+        again: of such steps, what each further round of CTAs takes to begin: those that are not persistent.
+    """
+
+    tile_w: int
+    step: float
+    fixed: float = 0.0
+    again: float = 0.0
+    cluster_w: int = 1
+    even: bool = False
+    cluster_k: int = 1
+
+
+def _small_splits() -> list[_Split]:
+    # Source: even shares as measured on one H200 (docs/bench/linear.jsonl): 2 us for sums, 0.4 us a step. In clusters:
+    # estimated.
+    shared = [_Split(128, 1.0, 2.0, 3.0, cluster_k=cluster_k) for cluster_k in CLUSTERS_K]
+    return [_Split(256, 0.9), _Split(128, 1.0, 5.0, even=True), *shared]
+
+
+def _large_splits() -> list[_Split]:
+    # Source: as above: 7 us, 0.8 us. Pairs as measured. In clusters, each CTA sends all of its sums but its part of them.
+    shared = [_Split(128, 1.0, 1.0 + 3.5 * (1 - 1 / cluster_k), 1.5, cluster_k=cluster_k) for cluster_k in CLUSTERS_K]
+    return [_Split(256, 0.88, cluster_w=2), _Split(128, 1.0), _Split(128, 1.0, 9.0, even=True), *shared]
+
+
+def _time(shape: Shape, split: _Split, tile_n: int, num_sms: int) -> float:
+    """Returns about how long a linear takes, in steps of K of 128 weight rows."""
+    num_k, wide = -(-shape.k // TILE_K), split.tile_w // 128
+    rows = split.tile_w * split.cluster_w
+    num_tiles = -(-shape.n // rows) * -(-shape.tokens // tile_n)
+    if split.even:
+        num_shares = min(num_sms, max(num_tiles * num_k // MIN_STEPS, 1))
+        return num_tiles * num_k / num_shares * split.step + split.fixed
+    # SMs of a part of the GPU that are no whole cluster have nothing to do: with clusters of 4 and more about 4 of 132.
+    cluster = split.cluster_w * split.cluster_k
+    clusters = num_sms // cluster if cluster <= 2 else (num_sms - 4) // cluster
+    rounds = -(-num_tiles // clusters)
+    return rounds * (-(-num_k // split.cluster_k) * wide * split.step + split.fixed) + (rounds - 1) * split.again
+
+
+def _linear_config(epilogue: str, tile_n: int, split: _Split, arch: str) -> Config:
+    return largest_config(
+        epilogue, split.tile_w, tile_n, cluster_w=split.cluster_w, even=split.even, cluster_k=split.cluster_k,
+        one_group=True, arch=arch,
+    )  # fmt: skip
 
 
 def _round_tile(tokens: int) -> int:
@@ -331,10 +411,12 @@ def _grouped_config(epilogue: str, tile_n: int, arch: str) -> Config:
 
 def largest_config(
     epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, cluster_w: int = 1,
-    even: bool = False, arch: str = "sm_90a",
+    even: bool = False, cluster_k: int = 1, one_group: bool = False, arch: str = "sm_90a",
 ) -> Config:  # fmt: skip
     """The configuration of that tile with as many stages as fit the architecture."""
-    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, even, arch)
+    without_stages = Config(
+        epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, even, cluster_k, one_group, arch
+    )
     num_stages = (ARCHS[arch].smem_bytes - without_stages.fixed_bytes) // without_stages.stage_bytes
     return replace(without_stages, num_stages=num_stages).validate()
 
@@ -349,11 +431,16 @@ class _Smem(NamedTuple):
     sX: Any
     # (words of a token, unit_tokens, warpgroup) of Float32
     sOut: Any
-    # (MAX_EXPERTS + 1,): token tiles of all experts before each one; of all experts behind the last.
+    # (4 sums, consumer thread, blocks of a warpgroup, store_n / 8, CTA that left them) of Float32, in place of stages
+    sSums: Any
+    # (MAX_EXPERTS + 1,): token tiles of all experts before each one; of all experts behind the last. None with one_group.
     sTile: Any
     # One barrier a stage: loads have arrived; all consumer warps, of all CTAs that were loaded for, are done.
     full: Any
     empty: Any
+    # With cluster_k: no CTA of the cluster reads its stages any more; all that they leave in sSums has arrived.
+    done: Any
+    left: Any
 
 
 class _Tiles(NamedTuple):
@@ -366,9 +453,12 @@ class _Tiles(NamedTuple):
     num_w: Any
     # Steps of K of a tile.
     num_k: Any
+    # Token tiles of each expert are found in the former; with one_group, from rows of X, and that is None.
     sTile: Any
-    # Of this CTA in its cluster.
+    num_rows: Any
+    # Of this CTA in its cluster: which weight tile is its, which part of the steps of K.
     rank: Any
+    rank_k: Any
     # With even shares: this CTA's, its first step and the one behind its last, of all tiles end to end. The first
     # num_longer shares have one step more than share_steps.
     share: Any
@@ -392,7 +482,7 @@ class _Place(NamedTuple):
     expert: Any
     # First block of the tile's weight rows.
     block: Any
-    # Tokens of the tile that there are, and the row of the first in D.
+    # Tokens that there are for this CTA to store, and the row of the first in D.
     num_tokens: Any
     row: Any
     # For each block of the warpgroup and h: what rows g + 8 h of the thread are multiplied with.
@@ -441,8 +531,8 @@ class GroupedGemmSm90:
         mW_bytes: cute.Tensor,
         mSFW_bytes: cute.Tensor,
         mAlpha: cute.Tensor,
-        mCount: cute.Tensor,
-        mPaddedOffset: cute.Tensor,
+        mCount: cute.Tensor | None,
+        mPaddedOffset: cute.Tensor | None,
         mD: cute.Tensor,
         mHScale: cute.Tensor | None,
         mSums: cute.Tensor | None,
@@ -455,15 +545,15 @@ class GroupedGemmSm90:
         max_active_clusters: cutlass.Int32,
         stream: Any,
     ) -> None:
-        """Makes the tensor map of X, on the host, and launches min(tiles, max_active_clusters) clusters.
+        """Makes the tensor map of X, on the host, and launches min(tiles, max_active_clusters) clusters, or all (cluster_k).
 
         Args:
             mX: (P, k) bf16.
             mW_bytes: (E, Np, Kp/2) uint8, prepared.
             mSFW_bytes: (E, Np, Kp/16) uint8, prepared.
             mAlpha: (E, blocks of weight rows) fp32.
-            mCount: (E,) int32.
-            mPaddedOffset: (E + 1,) int32.
+            mCount: (E,) int32; not with one_group.
+            mPaddedOffset: (E + 1,) int32; not with one_group.
             mD: (rows, columns) bf16, rows maybe further apart than they are long.
             mHScale: (E,) fp32; swiglu_nvfp4 only.
             mSums: (at least max_active_clusters, tile_w * tile_n) int32; even only. NOTHING before and after if not flagged.
@@ -472,7 +562,7 @@ class GroupedGemmSm90:
             n: weight rows of an expert, without padding.
             group_rows, group_columns: what each expert's rows and columns of D begin at.
             constant_rows: 1: mCount and mPaddedOffset may be read before earlier kernels have ended; 0: they may not.
-            max_active_clusters: the most clusters to launch, at least 1.
+            max_active_clusters: the most clusters to launch, at least 1; of no use with cluster_k.
             stream: to launch on.
         """
         config = self.config
@@ -486,20 +576,22 @@ class GroupedGemmSm90:
             load, mX, x_stage, (config.tile_n, TILE_K), num_multicast=config.cluster_w
         )
         # As many as there could be: only the device knows how many there are.
-        num_tiles = cute.ceil_div(num_rows, config.tile_n) + cute.size(mCount)
+        num_tiles = (num_rows + mW_bytes.shape[0] * (config.tile_n - 1)) // config.tile_n
         num_tiles = num_tiles * cute.ceil_div(n, config.tile_w * config.cluster_w)
         if cutlass.const_expr(config.even):
             num_tiles = max_active_clusters
         clusters = cutlass.min(num_tiles, max_active_clusters)
+        if cutlass.const_expr(config.cluster_k > 1):
+            clusters = num_tiles
         out = _Out(
             mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit, mCount,
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
         self.kernel(tiled_mma, tma_x, mX, weights, out, self._exchange(mSums, mFlag), constant_rows).launch(
-            grid=(clusters * config.cluster_w, 1, 1),
+            grid=(clusters * config.cluster, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
-            cluster=(config.cluster_w, 1, 1),
+            cluster=(config.cluster, 1, 1),
             # Without it ptxas does not know with how many registers a thread starts, and ignores setmaxregister.
             min_blocks_per_mp=1,
             stream=stream,
@@ -529,14 +621,21 @@ class GroupedGemmSm90:
                 for stage in cutlass.range_constexpr(config.num_stages):
                     cute.arch.mbarrier_init(smem.full + stage, 1)
                     cute.arch.mbarrier_init(smem.empty + stage, config.load_warp * config.cluster_w)
-        if constant_rows == 0:
-            hopper.wait_for_prerequisites()
-        if warp == config.load_warp:
-            count_tiles(out.mCount, smem.sTile, config.tile_n)
+                if cutlass.const_expr(config.cluster_k > 1):
+                    cute.arch.mbarrier_init(smem.done, config.load_warp * config.cluster_k)
+                    cute.arch.mbarrier_init(smem.left, 1)
+        if cutlass.const_expr(not config.one_group):
+            if constant_rows == 0:
+                hopper.wait_for_prerequisites()
+            if warp == config.load_warp:
+                count_tiles(out.mCount, smem.sTile, config.tile_n)
         # Behind this barrier all mbarriers are initialised, and the tiles are in shared memory.
         cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(config.cluster_k > 1):
+            # Waited for where others' mbarriers are used first.
+            cute.arch.cluster_arrive_relaxed()
         self._sync()
-        tiles = self._tiles(weights[0], out.n, smem.sTile)
+        tiles = self._tiles(weights[0], out.n, smem.sTile, mX.shape[0])
 
         if warp >= config.load_warp:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
@@ -608,7 +707,9 @@ class GroupedGemmSm90:
         index, phase = cutlass.Int32(0), cutlass.Int32(1)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             at = self._find(tiles, tile)
-            row = mPaddedOffset[at.expert] + at.first_token
+            row = at.first_token
+            if cutlass.const_expr(not config.one_group):
+                row += mPaddedOffset[at.expert]
             # (tile_n, TILE_K, k tiles)
             gX = cute.local_tile(cute.domain_offset((row, 0), mX), (config.tile_n, TILE_K), (0, None))
             # Of a cluster that shares tokens, each CTA loads its part for all.
@@ -650,7 +751,7 @@ class GroupedGemmSm90:
         scale_bits = hopper.in_register(hopper.SCALE_BITS)
         index, phase = cutlass.Int32(0), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
-            place = self._place(self._find(tiles, tile), group, thread, out)
+            place = self._place(self._find(tiles, tile), tiles, group, thread, out)
             acc.fill(0.0)
             last = cutlass.Int32(-1)
             first_k, end_k = self._steps(tiles, tile)
@@ -699,6 +800,8 @@ class GroupedGemmSm90:
                         self._add(sums, theirs, tiles.share + 1, last)
                     self._store(sums, smem, place, group, thread, out)
             else:
+                if cutlass.const_expr(config.cluster_k > 1):
+                    sums = self._add_in_cluster(sums, smem, tiles.rank_k, group * WARPGROUP + thread)
                 self._store(sums, smem, place, group, thread, out)
 
     @cute.jit
@@ -713,7 +816,7 @@ class GroupedGemmSm90:
                         cute.arch.mbarrier_arrive(smem.empty + index, cta)
 
     @cute.jit
-    def _place(self, at: _Tile, group: Any, thread: Any, out: _Out) -> _Place:
+    def _place(self, at: _Tile, tiles: _Tiles, group: Any, thread: Any, out: _Out) -> _Place:
         """Loads what storing a tile needs, so that nothing waits for it later."""
         config = self.config
         block = at.w_tile * config.blocks + group * config.blocks_of_warpgroup
@@ -722,8 +825,14 @@ class GroupedGemmSm90:
             [self._alpha(out, at.expert, w_row + b * BLOCK_ROWS + 8 * h) for h in range(2)]
             for b in range(config.blocks_of_warpgroup)
         ]
-        row = out.mPaddedOffset[at.expert] + at.first_token - at.expert * out.group_rows
-        num_tokens = cutlass.min(out.mCount[at.expert] - at.first_token, config.tile_n)
+        # Of a tile that several share, from this CTA's first token on; there may be none.
+        first = tiles.rank_k * config.store_n
+        row, count = at.first_token + first, tiles.num_rows
+        if cutlass.const_expr(not config.one_group):
+            row += out.mPaddedOffset[at.expert] - at.expert * out.group_rows
+            count = out.mCount[at.expert]
+        num_tokens = cutlass.min(count - at.first_token, config.tile_n)
+        num_tokens = cutlass.min(num_tokens - first, config.store_n)
         return _Place(at.expert, block, num_tokens, row, alphas)
 
     @cute.jit
@@ -790,6 +899,42 @@ class GroupedGemmSm90:
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
 
     @cute.jit
+    def _add_in_cluster(self, sums: cute.Tensor, smem: _Smem, rank_k: Any, thread: Any) -> cute.Tensor:
+        """Leaves each CTA of the cluster its tokens' sums; returns this one's of all, added in the order of the CTAs."""
+        config = self.config
+        chunks, of_slice = config.tile_n // 8, config.store_n // 8
+        quads = cute.make_tensor(sums.iterator, cute.make_layout((4, chunks, config.blocks_of_warpgroup)))
+        if thread == 0:
+            num_chunks = cutlass.min(cutlass.max(chunks - rank_k * of_slice, 0), of_slice)
+            cute.arch.mbarrier_arrive_and_expect_tx(
+                smem.left, num_chunks * (config.cluster_k * 8 * config.tile_w * cutlass.Float32.width // 8)
+            )
+        # All CTAs have set up their mbarriers.
+        cute.arch.cluster_wait()
+        with cute.arch.elect_one():
+            for peer in cutlass.range_constexpr(config.cluster_k):
+                cute.arch.mbarrier_arrive(smem.done, peer)
+        cute.arch.mbarrier_wait(smem.done, 0)
+        for peer in cutlass.range_constexpr(-(-chunks // of_slice)):
+            theirs = hopper.peer_address(smem.sSums[None, thread, 0, 0, rank_k].iterator, peer)
+            left = hopper.peer_address(smem.left, peer)
+            for chunk in cutlass.range_constexpr(peer * of_slice, min(peer * of_slice + of_slice, chunks)):
+                for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+                    place = 4 * smem.sSums.layout((0, 0, b, chunk - peer * of_slice, 0))
+                    hopper.store_peer(theirs + place, [quads[i, chunk, b] for i in range(4)], left)
+        cute.arch.mbarrier_wait(smem.left, 0)
+        rSums = cute.make_rmem_tensor((4, of_slice, config.blocks_of_warpgroup), cutlass.Float32)
+        rOthers = cute.make_rmem_tensor(4, cutlass.Float32)
+        rSums.fill(0.0)
+        for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+            for chunk in cutlass.range_constexpr(of_slice):
+                for peer in cutlass.range_constexpr(config.cluster_k):
+                    cute.autovec_copy(smem.sSums[None, thread, b, chunk, peer], rOthers)
+                    for i in cutlass.range_constexpr(4):
+                        rSums[i, chunk, b] += rOthers[i]
+        return cute.make_tensor(rSums.iterator, cute.make_layout((2, 2, of_slice, config.blocks_of_warpgroup)))
+
+    @cute.jit
     def _fetch(self, smem: _Smem, index: Any, group: Any, thread: Any) -> tuple[cute.Tensor, cute.Tensor]:
         """Loads a thread's share of a stage: words of codes (4, half, block), and of scales (half, row g or g + 8, block)."""
         config = self.config
@@ -836,7 +981,7 @@ class GroupedGemmSm90:
         config = self.config
         sOut = smem.sOut[None, None, group]
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-            for unit in cutlass.range_constexpr(config.tile_n // config.unit_tokens):
+            for unit in cutlass.range_constexpr(config.store_n // config.unit_tokens):
                 if unit * config.unit_tokens < place.num_tokens:
                     # Behind this barrier the last unit has been read.
                     cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
@@ -926,6 +1071,10 @@ class GroupedGemmSm90:
     @cute.jit
     def _find(self, tiles: _Tiles, tile: Any) -> _Tile:
         """Returns where a tile is: its expert is the last one with no more than that many tiles before it."""
+        if cutlass.const_expr(self.config.one_group):
+            num_token_tiles = cute.ceil_div(tiles.num_rows, self.config.tile_n)
+            w_tile = tile // num_token_tiles * self.config.cluster_w + tiles.rank
+            return _Tile(cutlass.Int32(0), w_tile, tile % num_token_tiles * self.config.tile_n)
         expert = cutlass.Int32(0)
         for bit in (256, 128, 64, 32, 16, 8, 4, 2, 1):
             if tiles.sTile[expert + bit] * tiles.num_w <= tile:
@@ -937,22 +1086,25 @@ class GroupedGemmSm90:
         return _Tile(expert, w_tile, in_expert % num_token_tiles * self.config.tile_n)
 
     @cute.jit
-    def _tiles(self, mW: cute.Tensor, n: Any, sTile: cute.Tensor) -> _Tiles:
+    def _tiles(self, mW: cute.Tensor, n: Any, sTile: Any, num_rows: Any) -> _Tiles:
         config = self.config
         num_w = cute.ceil_div(n, config.tile_w * config.cluster_w)
         num_k = cute.size(mW, mode=[1])
-        num_tiles = sTile[MAX_EXPERTS] * num_w
+        num_token_tiles = cute.ceil_div(num_rows, config.tile_n) if config.one_group else sTile[MAX_EXPERTS]
+        num_tiles = num_token_tiles * num_w
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         num_steps = num_tiles * num_k
         num_shares = cutlass.min(num_ctas, cutlass.max(num_steps // MIN_STEPS, 1))
         tiles = _Tiles(
-            first=cta // config.cluster_w,
+            first=cta // config.cluster,
             end=num_tiles,
-            step=num_ctas // config.cluster_w,
+            step=num_ctas // config.cluster,
             num_w=num_w,
             num_k=num_k,
             sTile=sTile,
+            num_rows=num_rows,
             rank=cta % config.cluster_w,
+            rank_k=cta % config.cluster_k,
             # In descending order: see the module's text. A CTA may have none: its tiles end at once.
             share=num_shares - 1 - cta,
             share_steps=num_steps // num_shares,
@@ -988,6 +1140,8 @@ class GroupedGemmSm90:
         if cutlass.const_expr(self.config.even):
             before = tile * tiles.num_k
             return cutlass.max(tiles.first_step - before, 0), cutlass.min(tiles.end_step - before, tiles.num_k)
+        if cutlass.const_expr(self.config.cluster_k > 1):
+            return tuple((tiles.rank_k + i) * tiles.num_k // self.config.cluster_k for i in range(2))
         return cutlass.Int32(0), tiles.num_k
 
     def _exchange(self, mSums: cute.Tensor | None, mFlag: cute.Tensor | None) -> _Exchange:
@@ -1035,16 +1189,25 @@ class GroupedGemmSm90:
         # Swizzled buffers first: they want the largest alignment.
         sX = smem.allocate_tensor(cutlass.BFloat16, x_layout.outer, SWIZZLE_BYTES, x_layout.inner)
         blocks = (config.blocks, config.num_stages)
+        sW = smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_BYTES // 4, *blocks)), 128)
+        # Sums take the place of the larger part of the stages.
+        stages = sX if 2 * config.tile_n * TILE_K > config.blocks * BLOCK_BYTES else sW
+        shape = (4, config.consumer_threads, config.blocks_of_warpgroup, config.store_n // 8, config.cluster_k)
         return _Smem(
-            sW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_BYTES // 4, *blocks)), 128),
+            sW=sW,
             sSFW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128),
             sX=sX,
             sOut=smem.allocate_tensor(
                 cutlass.Float32, cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers)), 128
             ),
-            sTile=smem.allocate_tensor(cutlass.Int32, cute.make_layout(MAX_EXPERTS + 1), 16),
+            sSums=cute.make_tensor(cute.recast_ptr(stages.iterator, dtype=cutlass.Float32), cute.make_layout(shape)),
+            sTile=None
+            if config.one_group
+            else smem.allocate_tensor(cutlass.Int32, cute.make_layout(MAX_EXPERTS + 1), 16),
             full=smem.allocate_array(cutlass.Int64, config.num_stages),
             empty=smem.allocate_array(cutlass.Int64, config.num_stages),
+            done=smem.allocate_array(cutlass.Int64, 1),
+            left=smem.allocate_array(cutlass.Int64, 1),
         )
 
 
@@ -1053,8 +1216,8 @@ def grouped_gemm(
     mW: torch.Tensor,
     mSFW: torch.Tensor,
     alpha: torch.Tensor,
-    count: torch.Tensor,
-    padded_offset: torch.Tensor,
+    count: torch.Tensor | None,
+    padded_offset: torch.Tensor | None,
     mD: torch.Tensor,
     h_scale: torch.Tensor | None = None,
     limit: float | None = None,
@@ -1075,8 +1238,8 @@ def grouped_gemm(
         mW: (E, n up to 64, (k up to 128)/2) uint8 - codes of weights from `prepare_sm90`.
         mSFW: (E, n up to 64, (k up to 128)/16) uint8 - their block scales, likewise.
         alpha: bf16: (E, blocks) fp32 - factor of each n/blocks weight rows; SwiGLU: (E, 2) fp32 - of gate and of up.
-        count: (E,) int32 - tokens of each expert, 0 or more.
-        padded_offset: (E + 1,) int32 - first row of each expert. The end of the last is not used.
+        count: (E,) int32 - tokens of each expert, 0 or more; None, of one expert, if its tokens are all rows: that is faster.
+        padded_offset: (E + 1,) int32 - first row of each expert, the end of the last is not used; None as count.
         mD: (rows, columns) bf16, 16-byte aligned rows, maybe further apart than they are long. Row r of expert e of the
             result, of n or n/2 columns, is row r - e * d_group_rows from column e * d_group_columns on; nothing else is
             written.
@@ -1090,7 +1253,8 @@ def grouped_gemm(
         d_group_rows, d_group_columns: see mD.
         constant_rows: count and padded_offset are as constant as the weights, which had been written when the launch before
             this one began, or the stream was synchronised: weights are then loaded while earlier kernels still run.
-        max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs.
+        max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs. Where clusters share tiles,
+            there is one for each tile in any case.
 
     Raises:
         TypeError: a tensor is of another type, or is given or missing against the epilogue.
@@ -1111,7 +1275,9 @@ def grouped_gemm(
     )  # fmt: skip
     if mX.shape[0] == 0 or mD.shape[0] == 0:
         return
-    config = choose_config(Shape(max(tokens, 1), rows, mX.shape[1], mW.shape[0]), epilogue)
+    # One expert with a count is as several.
+    num_groups = 1 if count is None else max(mW.shape[0], 2)
+    config = choose_config(Shape(max(tokens, 1), rows, mX.shape[1], num_groups), epilogue)
     if max_active_clusters is None:
         max_active_clusters = hopper.num_sms(mX.device) // config.cluster_w
     partial = flags = None
@@ -1122,7 +1288,7 @@ def grouped_gemm(
     limit = math.inf if limit is None else limit
     compiled(config)(
         mX, mW, mSFW, alpha, count, padded_offset, mD, h_scale, partial, flags, limit, rows, d_group_rows, d_group_columns,
-        int(constant_rows), max_active_clusters,
+        int(constant_rows or count is None), max_active_clusters,
     )  # fmt: skip
 
 
@@ -1151,8 +1317,8 @@ def check(
     mW: torch.Tensor,
     mSFW: torch.Tensor,
     alpha: torch.Tensor,
-    count: torch.Tensor,
-    padded_offset: torch.Tensor,
+    count: torch.Tensor | None,
+    padded_offset: torch.Tensor | None,
     mD: torch.Tensor,
     h_scale: torch.Tensor | None = None,
     limit: float | None = None,
@@ -1187,8 +1353,15 @@ def check(
     _check("alpha", alpha, torch.float32, (num_experts, None if epilogue == BF16 else 2), device, 4)
     if alpha.shape[1] < 1 or n % alpha.shape[1]:
         raise ValueError(f"grouped_gemm_sm90: alpha has {alpha.shape[1]} blocks, expected a divisor of n, which is {n}")
-    _check("count", count, torch.int32, (num_experts,), device, 4)
-    _check("padded_offset", padded_offset, torch.int32, (num_experts + 1,), device, 4)
+    if (count is None) != (padded_offset is None) or (count is None and num_experts > 1):
+        given = [name for name, one in (("count", count), ("padded_offset", padded_offset)) if one is not None]
+        raise TypeError(
+            f"grouped_gemm_sm90: of count and padded_offset, {given or 'none'} are given for {num_experts} experts, expected "
+            "both, or none for one expert"
+        )
+    if count is not None and padded_offset is not None:
+        _check("count", count, torch.int32, (num_experts,), device, 4)
+        _check("padded_offset", padded_offset, torch.int32, (num_experts + 1,), device, 4)
     _check("sums", sums, torch.int32, (None,), device)
     if sums.numel() != sums_elements(device):
         raise ValueError(
@@ -1280,8 +1453,8 @@ def _stand_ins(config: Config) -> tuple[Any, ...]:
         matrix(cutlass.Uint8, experts, rows, cute.sym_int(divisibility=BLOCK_K // 2)),
         matrix(cutlass.Uint8, experts, rows, cute.sym_int(divisibility=BLOCK_K // NVFP4.block_size)),
         matrix(cutlass.Float32, experts, cute.sym_int(), align=4),
-        matrix(cutlass.Int32, experts, align=4),
-        matrix(cutlass.Int32, cute.sym_int(), align=4),
+        None if config.one_group else matrix(cutlass.Int32, experts, align=4),
+        None if config.one_group else matrix(cutlass.Int32, cute.sym_int(), align=4),
         make_fake_tensor(
             cutlass.BFloat16,
             (cute.sym_int(), cute.sym_int(divisibility=BF16_UNIT)),

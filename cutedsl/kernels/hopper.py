@@ -175,3 +175,34 @@ def load_relaxed(pointer: cute.Pointer) -> Any:
         write_only_types=[cutlass.Int32] * 4,
         read_only_args=[cutlass.Int64(pointer.toint())],
     )
+
+
+def peer_address(pointer: cute.Pointer, peer: int) -> Any:
+    """The address for `store_peer` of what is at the same place in the shared memory of another CTA of the cluster.
+
+    Args:
+        pointer: in shared memory.
+        peer: rank in the cluster of whose memory is meant; the own one may be.
+
+    Returns:
+        Int32.
+    """
+    return cute.arch.inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[cutlass.Int32],
+        read_only_args=[cutlass.Int32(pointer.toint()), cutlass.Int32(peer)],
+    )
+
+
+def store_peer(address: Any, values: list[Any], mbarrier: Any) -> None:
+    """Stores four Float32 in the shared memory of a CTA of the cluster, whose mbarrier counts the 16 bytes that arrive.
+
+    Args:
+        address: of `peer_address`, or so many bytes behind; a multiple of 16.
+        values: four Float32.
+        mbarrier: of `peer_address` for the same peer. Who waits for its bytes sees them: no fence is needed.
+    """
+    cute.arch.inline_ptx(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
+        read_only_args=[address, *values, mbarrier],
+    )

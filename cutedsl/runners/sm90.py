@@ -67,7 +67,6 @@ class LinearChain:
         self.out_features, self.in_features = matrix.weight.shape[0], _k(matrix.weight)
         self.groups = prepare_sm90.prepare_linear(matrix)
         self.workspace = workspace("linear", matrix.weight.device)
-        self._one_group = equal_groups(1, matrix.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (M, K) bf16 -> (M, N) bf16."""
@@ -75,11 +74,10 @@ class LinearChain:
         out = x.new_empty(m, self.out_features)
         if m == 0:
             return out
-        rows = self._one_group.of(m)
         for group in self.groups:
             a = _operand(self.workspace, x, group.input_scale)
             for start, end, operand in group.spans:
-                grouped_gemm(self.workspace, a, operand, rows, out[:, start:end])
+                grouped_gemm(self.workspace, a, operand, None, out[:, start:end])
         return out
 
     def quantize(self, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -94,7 +92,7 @@ class LinearChain:
         ((_, ((_, _, operand),)),) = self.groups
         out = a.new_empty(a.shape[0], self.out_features)
         if a.shape[0]:
-            grouped_gemm(self.workspace, a, operand, self._one_group.of(a.shape[0]), out)
+            grouped_gemm(self.workspace, a, operand, None, out)
         return out
 
 
@@ -141,7 +139,6 @@ class SharedExpertChain:
         )
         ((self.h_scale, ((_, _, self.down),)),) = prepare_sm90.prepare_linear(down)
         self.workspace = workspace("shared_expert", down.weight.device)
-        self._one_group = equal_groups(1, down.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (M, H) bf16 -> (M, H) bf16."""
@@ -149,11 +146,10 @@ class SharedExpertChain:
         out = x.new_empty(m, self.hidden)
         if m == 0:
             return out
-        rows = self._one_group.of(m)
         a = _operand(self.workspace, x, self.input_scale)
         h = self.workspace.take("h", torch.bfloat16, m, self.intermediate)
-        swiglu_gemm(self.workspace, a, self.gate_up, rows, self.limit, h, self.h_scale)
-        grouped_gemm(self.workspace, h, self.down, rows, out)
+        swiglu_gemm(self.workspace, a, self.gate_up, None, self.limit, h, self.h_scale)
+        grouped_gemm(self.workspace, h, self.down, None, out)
         return out
 
 
@@ -318,12 +314,15 @@ class WoAChain:
         inverse_rope_quantize_sm90.inverse_rope(o, positions, cos_sin_cache, self.input_scale, self.num_groups, a)
         # A group's rows are the tokens again, next to the groups before it.
         place = {"d_group_rows": padded_tokens, "d_group_columns": self.rank}
-        grouped_gemm(self.workspace, a, self.operand, self._groups.of(num_tokens), out, **place)
+        if self.num_groups == 1:
+            grouped_gemm(self.workspace, a[:num_tokens], self.operand, None, out)
+        else:
+            grouped_gemm(self.workspace, a, self.operand, self._groups.of(num_tokens), out, **place)
         return out
 
 
 def grouped_gemm(
-    buffers: Workspace, a: torch.Tensor, operand: Operand, groups: Groups, out: torch.Tensor, **place: int
+    buffers: Workspace, a: torch.Tensor, operand: Operand, groups: Groups | None, out: torch.Tensor, **place: int
 ) -> None:
     """Rows of group e of out = bf16(alpha * (a @ W[e]^T)).
 
@@ -331,7 +330,7 @@ def grouped_gemm(
         buffers: for sums that CTAs leave for each other.
         a: (P, k) bf16.
         operand: of all groups.
-        groups: rows.
+        groups: rows; None: one group has all of them.
         out: (P, n) bf16, rows may be strided; only the groups' rows are written.
         place: d_group_rows, d_group_columns of `grouped_gemm_sm90`.
     """
@@ -342,7 +341,7 @@ def swiglu_gemm(
     buffers: Workspace,
     a: torch.Tensor,
     operand: Operand,
-    groups: Groups,
+    groups: Groups | None,
     limit: float | None,
     h: torch.Tensor,
     h_scale: torch.Tensor | None,
@@ -360,13 +359,18 @@ def swiglu_gemm(
 
 
 def _launch(
-    buffers: Workspace, a: torch.Tensor, operand: Operand, groups: Groups, out: torch.Tensor, **more: Any
+    buffers: Workspace, a: torch.Tensor, operand: Operand, groups: Groups | None, out: torch.Tensor, **more: Any
 ) -> None:
     # Zeros from the start, and after each launch again.
     sums = buffers.take("sums", torch.int32, grouped_gemm_sm90.sums_elements(a.device))
+    count, padded_offset, tokens, constant = None, None, len(a), True
+    if groups is not None:
+        count, padded_offset, tokens, constant = (
+            groups.count, groups.padded_offset, groups.tokens, groups.constant,
+        )  # fmt: skip
     grouped_gemm_sm90.grouped_gemm(
-        a, operand.weight, operand.weight_scale, operand.alpha, groups.count, groups.padded_offset, out,
-        tokens=groups.tokens, sums=sums, constant_rows=groups.constant, **more,
+        a, operand.weight, operand.weight_scale, operand.alpha, count, padded_offset, out,
+        tokens=tokens, sums=sums, constant_rows=constant, **more,
     )  # fmt: skip
 
 

@@ -45,8 +45,8 @@ class Problem(NamedTuple):
 
     x: torch.Tensor
     operand: Operand
-    count: torch.Tensor
-    padded_offset: torch.Tensor
+    count: torch.Tensor | None
+    padded_offset: torch.Tensor | None
     h_scale: torch.Tensor
     expert: torch.Tensor
     y: torch.Tensor
@@ -78,12 +78,20 @@ def make_problem(counts: tuple[int, ...], n: int, k: int, epilogue: str) -> Prob
     return Problem(x, operand, count, padded_offset, gpu_kit.uniform(k, experts) * 0.002, expert, y)
 
 
+def make_linear(tokens: int, n: int, k: int, epilogue: str) -> Problem:
+    """One group that has all rows, and no count."""
+    problem = make_problem((tokens,), n, k, epilogue)
+    x, expert, y = (tensor[:tokens].clone() for tensor in (problem.x, problem.expert, problem.y))
+    return problem._replace(x=x, expert=expert, y=y, count=None, padded_offset=None)
+
+
 def run(problem: Problem, epilogue: str, limit: float | None, d: torch.Tensor, **more: int) -> None:
     """One launch; where CTAs leave sums lies between canaries, and is behind it as it was before."""
     p, arena = problem, Arena()
     sums = arena.tensor(SUMS, torch.int32, grouped_gemm_sm90.sums_elements(p.x.device))
     arguments = (p.x, *p.operand, p.count, p.padded_offset, d, p.h_scale if epilogue == SWIGLU_NVFP4 else None, limit)
-    given = {"tokens": int(p.count.max()), "n": p.y.shape[1], "sums": sums} | more
+    tokens = len(p.x) if p.count is None else int(p.count.max())
+    given = {"tokens": tokens, "n": p.y.shape[1], "sums": sums} | more
     grouped_gemm_sm90.grouped_gemm(*arguments, epilogue=epilogue, **given)
     arena.check()
 
@@ -119,15 +127,19 @@ SHAPES = [
     ((1, 700), 2048, 2064),
 ]
 SWIGLU_SHAPES = [((3, 0, 9), 160, 256), ((0, 65, 1), 32, 320), ((7, 8, 0, 1), 384, 96), ((300, 129), 1056, 1040)]
+# Of linears: fewer steps of K than CTAs that share them, and more; and so many tiles that not all clusters have room at once.
+LINEAR_SHAPES = [((1,), 160, 96), ((8,), 384, 288), ((65,), 1056, 2064), ((129,), 2048, 7168), ((700,), 4096, 1040)]
 
 
 @pytest.mark.parametrize("config", configs(), ids=name)
 def test_every_configuration(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     monkeypatch.setattr(grouped_gemm_sm90, "choose_config", lambda *_, **__: config)
     epilogue = config.epilogue
-    for i, (counts, n, k) in enumerate(SHAPES if epilogue == BF16 else SWIGLU_SHAPES):
+    shapes = LINEAR_SHAPES if config.one_group else SHAPES if epilogue == BF16 else SWIGLU_SHAPES
+    for i, (counts, n, k) in enumerate(shapes):
         limit = LIMIT if i % 2 and epilogue != BF16 else None
-        problem, arena = make_problem(counts, n, k, epilogue), Arena()
+        arena = Arena()
+        problem = make_linear(*counts, n, k, epilogue) if config.one_group else make_problem(counts, n, k, epilogue)
         d = arena.tensor("D", torch.bfloat16, len(problem.x), n if epilogue == BF16 else n // 2)
         run(problem, epilogue, limit, d)
         arena.check()
@@ -144,6 +156,17 @@ def test_what_is_chosen_by_tokens(epilogue: str, tokens: int) -> None:
         run(problem, epilogue, None, d, tokens=tokens)
         arena.check()
         assert_right(d, problem, epilogue, None)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("tokens", [1, 8, 33, 64, 128, 513])
+@pytest.mark.parametrize(("n", "k"), [(1536, 4096), (4096, 2048), (7168, 3072)])
+def test_what_is_chosen_for_linears(epilogue: str, tokens: int, n: int, k: int) -> None:
+    problem, arena = make_linear(tokens, n, k, epilogue), Arena()
+    d = arena.tensor("D", torch.bfloat16, tokens, n if epilogue == BF16 else n // 2)
+    run(problem, epilogue, None, d)
+    arena.check()
+    assert_right(d, problem, epilogue, None)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 200])
@@ -180,7 +203,7 @@ def test_few_ctas_walk_all_tiles(tokens: int, max_active_clusters: int) -> None:
 
 
 def test_launches_in_a_row_share_sums() -> None:
-    # 16 tiles of 56 steps in even shares: nearly all CTAs leave sums, in the same places each time.
+    # 8 tiles of 56 steps in even shares: nearly all CTAs leave sums, in the same places each time.
     problem, arena = make_problem((1,), 2048, 7168, BF16), Arena()
     sums = arena.tensor(SUMS, torch.int32, grouped_gemm_sm90.sums_elements(problem.x.device))
     rows = problem.expert >= 0

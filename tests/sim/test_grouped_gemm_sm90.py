@@ -85,6 +85,13 @@ def make_problem(counts: tuple[int, ...], n: int, k: int, epilogue: str, exact: 
     return Problem(x, operand, count, padded_offset, h_scale, expert, y)
 
 
+def as_one_group(problem: Problem) -> Problem:
+    """The rows of the tokens alone."""
+    [tokens] = problem.count.tolist()
+    rows = slice(0, tokens)
+    return problem._replace(x=problem.x[rows].clone(), expert=problem.expert[rows], y=problem.y[rows])
+
+
 class Result(NamedTuple):
     """What the kernel wrote, and all of it with its margins, as bytes."""
 
@@ -101,7 +108,13 @@ def small(epilogue: str, tile_w: int, tile_n: int, **more: Any) -> Config:
 def name(config: Config) -> str:
     """For the names of tests."""
     flags = [f"{config.num_consumers} consumers" * (config.num_consumers > 2), f"{config.num_stages} stages"]
-    flags += ["pair" * (config.cluster_w > 1), "even" * config.even, "in turn" * (not config.overlap)]
+    flags += [
+        "pair" * (config.cluster_w > 1),
+        f"shared by {config.cluster_k}" * (config.cluster_k > 1),
+        "even" * config.even,
+        "in turn" * (not config.overlap),
+        "one group" * config.one_group,
+    ]
     return " ".join([config.epilogue, f"{config.tile_w}x{config.tile_n}", *filter(None, flags)])
 
 
@@ -130,8 +143,9 @@ def launch(
         if sums is None:
             sums = torch.full((gemm.sums_elements(p.x.device),), STALE, dtype=torch.int32)
             gemm.zeros(sums).zero_()
+        groups = (None, None) if config.one_group else (p.count, p.padded_offset)
         gemm.grouped_gemm(
-            p.x, *p.operand, p.count, p.padded_offset, d, p.h_scale if config.epilogue == SWIGLU_NVFP4 else None, limit,
+            p.x, *p.operand, *groups, d, p.h_scale if config.epilogue == SWIGLU_NVFP4 else None, limit,
             epilogue=config.epilogue, sums=sums, **more,
         )  # fmt: skip
         assert not gemm.zeros(sums).any(), "sums were left behind"
@@ -187,6 +201,8 @@ def simulate(
 ) -> ptxsim.Report:
     counts, n, k, clusters = shape
     problem = make_problem(counts, n, k, config.epilogue, exact)
+    if config.one_group:
+        problem = as_one_group(problem)
     result = run(config, problem, clusters, policy, seed, limit)
     assert_right(config, problem, result, limit, exact)
     return result.report
@@ -260,6 +276,22 @@ def test_inexact_sums(matrix, epilogue: str) -> None:
     matrix(case, policies=("random",))
 
 
+# Tokens of a group that has all rows, n, k, clusters: in two tiles, and in one.
+ONE_GROUP = [
+    (small(BF16, 128, 8, one_group=True), ((9,), 136, 544, 2)),
+    (small(SWIGLU, 256, 16, one_group=True), ((3,), 288, 272, 1)),
+    (small(SWIGLU_NVFP4, 128, 8, one_group=True, even=True), ((9,), 160, 1152, 5)),
+    (small(BF16, 128, 64, one_group=True, even=True), ((65,), 136, 640, 3)),
+    (small(BF16, 128, 16, one_group=True, cluster_w=2), ((20,), 264, 272, 1)),
+    (small(BF16, 128, 16, one_group=True, cluster_k=2), ((33,), 136, 640, 1)),
+]
+
+
+@pytest.mark.parametrize(("config", "shape"), ONE_GROUP, ids=[name(config) for config, _ in ONE_GROUP])
+def test_one_group_of_all_rows(config: Config, shape: Shapes) -> None:
+    simulate(config, shape, policy_of(ONE_GROUP.index((config, shape))), 0)
+
+
 # ---- even shares ----------------------------------------------------------------------------------------------------
 
 # Few steps of K, as MIN_STEPS is 4. Of tiles of 128 by 8: 2 tiles of 5 steps; 7 of 5; 2 of 20, a share inside of a tile; 1 of
@@ -326,6 +358,45 @@ def test_even_shares_of_launches_that_follow_each_other() -> None:
     for i, config in enumerate([EVEN_CONFIGS[j] for j in (0, 3, 2, 3, 0)]):
         result = run(config, problem, 5, policy_of(i), i, sums=sums)
         assert_right(config, problem, result, None, exact=True)
+
+
+# ---- tiles shared in a cluster --------------------------------------------------------------------------------------
+
+# Experts in turn, tiles without all of their tokens too; fewer steps of K than CTAs, and more.
+SHARED = [
+    (small(BF16, 128, 64, cluster_k=4), ((70, 0, 9), 72, 1152, 1)),
+    (small(BF16, 128, 8, cluster_k=4, num_stages=4), ((9, 0), 136, 272, 1)),
+    (small(BF16, 128, 80, cluster_k=2, overlap=False), ((3, 81), 72, 272, 2)),
+    (small(SWIGLU, 128, 16, cluster_k=8, num_stages=4), ((0, 17), 96, 1168, 1)),
+    # Of three CTAs, the last has a chunk of tokens less than the others; of five, the last has none.
+    (small(SWIGLU_NVFP4, 256, 32, cluster_k=3), ((33, 1), 160, 416, 1)),
+    (small(BF16, 256, 64, cluster_k=5, num_consumers=4, num_stages=5), ((50, 0), 72, 672, 1)),
+]
+
+
+@pytest.mark.parametrize(("config", "shape"), SHARED, ids=[f"{name(config)}" for config, _ in SHARED])
+def test_tiles_shared_in_a_cluster(matrix, config: Config, shape: Shapes) -> None:
+    def case(policy: str, seed: int) -> ptxsim.Report:
+        return simulate(config, shape, policy, seed, None if config.epilogue == BF16 else LIMIT)
+
+    # Lazy takes long where many stores are under way.
+    matrix(case, policies=POLICIES if config.tile_n == 8 else ("random",))
+
+
+def test_clusters_run_one_at_a_time() -> None:
+    config, shape = SHARED[0]
+    problem = make_problem(*shape[:3], config.epilogue)
+    result = run(config, problem, 1, "random", 0, resident_clusters=1)
+    assert_right(config, problem, result, None, exact=True)
+
+
+def test_shared_tiles_give_the_same_bits_each_time() -> None:
+    config = SHARED[0][0]
+    problem = make_problem((33,), 72, 1152, BF16, exact=False)
+    runs = [("eager", 0), ("random", 1), ("random", 2)]
+    results = [run(config, problem, 7, policy, seed).d[:33] for policy, seed in runs]
+    assert all(torch.equal(results[0], result) for result in results)
+    assert_bf16(results[0], problem.y[:33])
 
 
 # ---- where rows and columns go --------------------------------------------------------------------------------------
@@ -611,6 +682,26 @@ def test_sums_of_another_size() -> None:
         gemm.grouped_gemm(**tensors | {"sums": tensors["sums"][4:]})
 
 
+@pytest.mark.parametrize(
+    ("missing", "given"),
+    [(("count",), r"\['padded_offset'\]"), (("padded_offset",), r"\['count'\]"), (NAMES[4:6], "none")],
+)
+def test_groups_that_are_not_given(missing: tuple[str, ...], given: str) -> None:
+    with pytest.raises(TypeError, match=f"of count and padded_offset, {given} are given for 2 experts"):
+        gemm.grouped_gemm(**arguments(BF16) | dict.fromkeys(missing))
+
+
+def test_one_expert_with_a_count_is_as_several() -> None:
+    # Its rows may be fewer than those of X: no configuration for a group of all rows will do.
+    problem, chosen = make_problem((3,), 64, 96, BF16), []
+    d = torch.zeros(len(problem.x), 64, dtype=torch.bfloat16)
+    sums = torch.zeros(gemm.sums_elements(d.device), dtype=torch.int32)
+    with mock.patch.object(gemm, "compiled", lambda config: lambda *args: chosen.append(config)):
+        for groups in ((problem.count, problem.padded_offset), (None, None)):
+            gemm.grouped_gemm(problem.x, *problem.operand, *groups, d, epilogue=BF16, tokens=3, sums=sums)
+    assert [config.one_group for config in chosen] == [False, True]
+
+
 def test_h_scale_is_for_one_epilogue() -> None:
     tensors = arguments(SWIGLU_NVFP4)
     with pytest.raises(TypeError, match=r"h_scale is for swiglu_nvfp4, .* the epilogue is swiglu_nvfp4"):
@@ -685,6 +776,11 @@ GOOD = Config(BF16, 128, 8, 3)
         ({"num_stages": 1}, "num_stages is 1"),
         ({"cluster_w": 4, "tile_n": 32}, "cluster_w is 4"),
         ({"cluster_w": 2, "tile_n": 16, "even": True}, "cluster_w is 2 and even True"),
+        ({"cluster_k": 9}, "cluster_k is 9 with cluster_w 1 and even False"),
+        ({"cluster_k": 0}, "cluster_k is 0"),
+        ({"cluster_k": 2, "even": True}, "cluster_k is 2 with cluster_w 1 and even True"),
+        ({"cluster_k": 2, "cluster_w": 2, "tile_n": 16}, "cluster_k is 2 with cluster_w 2"),
+        ({"cluster_k": 8}, "leaves 32768 bytes of sums in stages that have 24576"),
         ({"num_stages": 40}, "bytes of shared memory"),
     ],
 )

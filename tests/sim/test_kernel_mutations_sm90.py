@@ -33,6 +33,7 @@ quantized = kernel("swiglu_nvfp4", ((9, 0, 3), 160, 272, 1), "swiglu_nvfp4", 128
 even = kernel("bf16, even", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 8, even=True)
 one_group = kernel("bf16, one group", ((9,), 136, 544, 1), "bf16", 128, 8)
 flagged = kernel("bf16, even with flags", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 64, even=True)
+shared = kernel("bf16, shared in a cluster", ((20,), 72, 544, 1), "bf16", 128, 16, cluster_k=2, one_group=True)
 
 RACE = "race | in-flight-access | uninitialised-read | barrier-overarrival | deadlock"
 PLAIN = [
@@ -139,6 +140,52 @@ EVEN = [
 FLAGGED = [
     source("flag not set back", WRONG, "            cute.arch.store(flag, cutlass.Int32(0))\n", ""),
 ]
+SHARED = [
+    source("sums left before others are done", RACE, "        cute.arch.mbarrier_wait(smem.done, 0)\n", ""),
+    source("sums added before they are there", RACE, "        cute.arch.mbarrier_wait(smem.left, 0)\n", ""),
+    source(
+        "mbarriers of others used before they are set up",
+        "missing-mbarrier-init-fence",
+        "        # All CTAs have set up their mbarriers.\n        cute.arch.cluster_wait()\n",
+        "",
+    ),
+    source(
+        "bytes of one CTA not waited for",
+        f"{RACE} | leftover-transactions",
+        "num_chunks * (config.cluster_k * 8",
+        "num_chunks * ((config.cluster_k - 1) * 8",
+    ),
+    source(
+        "sums of the last CTA not added",
+        WRONG,
+        "for peer in cutlass.range_constexpr(config.cluster_k):\n                    cute.autovec_copy",
+        "for peer in cutlass.range_constexpr(config.cluster_k - 1):\n                    cute.autovec_copy",
+    ),
+    source(
+        "both left at the same place",
+        f"{RACE} | {WRONG}",
+        "thread, 0, 0, rank_k].iterator",
+        "thread, 0, 0, 0].iterator",
+    ),
+    source(
+        "tokens of the other CTA stored",
+        f"{RACE} | {WRONG}",
+        "first = tiles.rank_k * config.store_n",
+        "first = 0 * tiles.rank_k",
+    ),
+    source(
+        "steps left out between two CTAs",
+        WRONG,
+        "(tiles.rank_k + i) * tiles.num_k // self",
+        "(tiles.rank_k + i) * (tiles.num_k - i) // self",
+    ),
+    source(
+        "last rows of a group without a count left out",
+        WRONG,
+        "cute.ceil_div(num_rows, config.tile_n) if config.one_group",
+        "num_rows // config.tile_n if config.one_group",
+    ),
+]
 
 # Its weights are loaded before the wait.
 ONE_GROUP = [
@@ -177,6 +224,7 @@ MUTANTS = [
     (even, EVEN),
     (flagged, FLAGGED),
     (one_group, ONE_GROUP),
+    (shared, SHARED),
 ]
 # The simulator does not notice. Who leaves sums has them at the start of its share and who adds them at the end, so that they
 # are there in time in all runs here; and it does not need a release for others to see what was stored before.
