@@ -56,6 +56,7 @@ rows are written. Columns of X behind k are zeros from TMA, as are weights there
 Names: W the weights (the MMA's A), X the tokens (its B).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -303,6 +304,8 @@ class Shape:
     num_groups: int = 1
 
 
+# Every launch asks.
+@functools.lru_cache(maxsize=4096)
 def choose_config(shape: Shape, epilogue: str, arch: str = "sm_90a") -> Config:
     """The tile for so many tokens, and how the work is shared.
 
@@ -1071,16 +1074,15 @@ class GroupedGemmSm90:
     @cute.jit
     def _find(self, tiles: _Tiles, tile: Any) -> _Tile:
         """Returns where a tile is: its expert is the last one with no more than that many tiles before it."""
+        expert, before = cutlass.Int32(0), cutlass.Int32(0)
         if cutlass.const_expr(self.config.one_group):
             num_token_tiles = cute.ceil_div(tiles.num_rows, self.config.tile_n)
-            w_tile = tile // num_token_tiles * self.config.cluster_w + tiles.rank
-            return _Tile(cutlass.Int32(0), w_tile, tile % num_token_tiles * self.config.tile_n)
-        expert = cutlass.Int32(0)
-        for bit in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-            if tiles.sTile[expert + bit] * tiles.num_w <= tile:
-                expert += bit
-        before = tiles.sTile[expert]
-        num_token_tiles = tiles.sTile[expert + 1] - before
+        else:
+            for bit in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+                if tiles.sTile[expert + bit] * tiles.num_w <= tile:
+                    expert += bit
+            before = tiles.sTile[expert]
+            num_token_tiles = tiles.sTile[expert + 1] - before
         in_expert = tile - before * tiles.num_w
         w_tile = in_expert // num_token_tiles * self.config.cluster_w + tiles.rank
         return _Tile(expert, w_tile, in_expert % num_token_tiles * self.config.tile_n)
