@@ -36,12 +36,14 @@ def _call(
     check: Callable[[], None],
     outputs: tuple[torch.Tensor, ...],
     memory: tuple[torch.Tensor, ...] = (),
+    constant: tuple[torch.Tensor, ...] = (),
 ) -> Call:
     """The one call that `host` makes of a compiled kernel; `memory`: tensors of which it passes bare pointers."""
     _host("gemm")  # imported before anything of CuTe DSL is replaced for the call
     ((compiled, args),) = recorded(host)
     tensors = list(memory)
-    return Call(compiled, tuple(nested_tensors(arg, tensors) for arg in args), check, outputs, tuple(tensors))
+    args = tuple(nested_tensors(arg, tensors) for arg in args)
+    return Call(compiled, args, check, outputs, tuple(tensors), constant)
 
 
 def _random(rng: np.random.Generator, *shape: int) -> torch.Tensor:
@@ -106,7 +108,8 @@ def prepare_gather(seed: int, nightly: bool, shape: Shape, **options: Any) -> Ca
     def host() -> None:
         _host("gemm").gemm(a, b, d, None, None, *shape, cu_seqlens_m=offsets, A_idx=rows, **options)
 
-    return _call(host, check, (d,))
+    # Which rows are gathered it finds out before griddepcontrol.wait: what makes these tables must have ended.
+    return _call(host, check, (d,), constant=(offsets, rows))
 
 
 def prepare_split_k(seed: int, nightly: bool, shape: Shape) -> Call:
