@@ -24,7 +24,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_nvfp4 import metrics
+from vllm_nvfp4 import metrics, tilelang_set
 from vllm_nvfp4.status import CAPTURING, READY, UPSTREAM, Status
 
 _status = Status("")
@@ -49,6 +49,7 @@ def follow(vllm_config: Any, status: Status) -> None:
         _status.update(UPSTREAM)
         with counted_graphs(self.model_runner, _status):
             times = warm_up(self)
+        tilelang_set.report()
         count_compilations(_status.rank)
         metrics.publish(_status.rank)
         _status.update(READY, 1, 1, "model")
