@@ -3,7 +3,8 @@
 #
 # base-*       vLLM as published (gpu), or vLLM for CPUs from our lock (cpu). A change to our code leaves it alone.
 # toolchain-*  base with a C compiler to link kernels with; nothing of it reaches the image.
-# build        our wheel, and every kernel compiled for every architecture. No GPU is needed.
+# tilelang     vLLM's TileLang kernels of DeepSeek-V4, compiled for every architecture. No GPU is needed, but nvcc is.
+# build        our wheel, and every kernel of ours compiled for every architecture. No GPU is needed.
 # image        base, the wheel, the kernels, scripts; then the check, which ends the build where something does not fit.
 #
 # Host code of the kernels is made for the building machine's CPU: build on the oldest CPU that will serve, or the
@@ -13,6 +14,7 @@ ARG FLAVOR=gpu
 # tests/image/test_dockerfile.py holds both to versions.env.
 ARG BASE_IMAGE=docker.io/vllm/vllm-openai:v0.32.0
 ARG CPU_BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
+ARG KERNEL_ARCHS=sm_100a,sm_90a
 
 FROM ${BASE_IMAGE} AS base-gpu
 USER root
@@ -31,10 +33,19 @@ RUN command -v cc || command -v gcc || { echo "BASE_IMAGE has no C compiler to l
 FROM base-cpu AS toolchain-cpu
 RUN apt-get update -q && apt-get install -yq --no-install-recommends gcc libc6-dev
 
+FROM toolchain-${FLAVOR} AS tilelang
+ARG KERNEL_ARCHS
+# 1: the build ends where there is no TileLang or no nvcc, instead of saying so and leaving these kernels out.
+ARG REQUIRE_TILELANG=0
+# Alone: these kernels depend on vLLM and nothing else of ours, and take 15 minutes of one core.
+COPY patches/vllm_nvfp4/tilelang_build.py /src/
+RUN python3 /src/tilelang_build.py --arch "${KERNEL_ARCHS}" --out /out/tilelang \
+    $([ "${REQUIRE_TILELANG}" = 0 ] || echo --require)
+
 FROM toolchain-${FLAVOR} AS build
 # Pro's kernels include Flash's.
 ARG KERNEL_MODEL=deepseek-v4-pro
-ARG KERNEL_ARCHS=sm_100a,sm_90a
+ARG KERNEL_ARCHS
 ARG KERNEL_TP=1,2,4,8
 WORKDIR /src
 # Kernels first, which take a minute or two: a change to the overlay does not compile them again.
@@ -52,6 +63,7 @@ ARG ALLOW_UNTESTED_VLLM=
 USER root
 WORKDIR /
 COPY --from=build /out/aot /opt/nvfp4/aot
+COPY --from=tilelang /out/tilelang /opt/nvfp4/tilelang
 COPY versions.env /opt/nvfp4/
 COPY requirements /opt/nvfp4/requirements
 COPY scripts /opt/nvfp4/scripts
@@ -74,6 +86,10 @@ ENV HOME=/tmp \
     NVFP4_ALLOW_UNTESTED_VLLM=${ALLOW_UNTESTED_VLLM} \
     NVFP4_AOT_DIR=/opt/nvfp4/aot \
     NVFP4_NO_JIT=1 \
+    NVFP4_TILELANG_DIR=/opt/nvfp4/tilelang \
+    TILELANG_CACHE_DIR=/tmp/cache/tilelang \
+    TRITON_CACHE_DIR=/tmp/cache/triton \
+    FLASHINFER_WORKSPACE_BASE=/tmp/cache \
     NVFP4_STATUS_FILE=/tmp/nvfp4/status
 USER 10001:10001
 RUN python3 /opt/nvfp4/scripts/image_check.py "${FLAVOR}" && find /tmp -mindepth 1 -user nvfp4 -delete

@@ -32,6 +32,9 @@ ACTIVATIONS = Variable("NVFP4_ACTIVATIONS", "auto", "nvfp4 (W4A4) or bf16 (W4A16
 AOT_DIR = Variable(
     "NVFP4_AOT_DIR", "", "folder of kernels built ahead of time; unset: the packaged one, if there is one"
 )
+TILELANG_DIR = Variable(
+    "NVFP4_TILELANG_DIR", "", "folder of TileLang's kernels built ahead of time; unset: compiled at start"
+)
 
 SIDE_PORT = Variable("NVFP4_SIDE_PORT", "", "port of the metrics that exist while the model loads; none by default")
 
@@ -43,7 +46,7 @@ WARMUP = Variable(
 WARMUP_MODES = ("off", "steps", "sweep")
 
 VARIABLES = (
-    STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR, SIDE_PORT, WARMUP
+    STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR, TILELANG_DIR, SIDE_PORT, WARMUP
 )  # fmt: skip
 
 

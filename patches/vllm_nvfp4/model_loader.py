@@ -22,7 +22,18 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
-from vllm_nvfp4 import checkpoint, kernel_sets, metrics, names, platform, selection, served, warmup, warmup_worker
+from vllm_nvfp4 import (
+    checkpoint,
+    kernel_sets,
+    metrics,
+    names,
+    platform,
+    selection,
+    served,
+    tilelang_set,
+    warmup,
+    warmup_worker,
+)
 from vllm_nvfp4.loader import Progress
 from vllm_nvfp4.quantization import Nvfp4Config
 from vllm_nvfp4.status import CONSTRUCTING, LOADED, PREPARING, Status
@@ -101,6 +112,7 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         self.status.update(CONSTRUCTING)
         if platform.backend() in platform.CAPABILITY_OF:
             kernel_sets.use()
+            tilelang_set.use()
         with ExitStack() as self.preparation:
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         self.preparation = None

@@ -47,6 +47,7 @@ class Seam:
 TABLE = """
 vllm
   exists | envs | attention.py | thresholds are read from it
+  exists | platforms | tilelang_build.py | its choice is replaced
 vllm._custom_ops
   signature | hash_topk_cpu biased_topk_cpu | cpu_gaps.py | our replacements take the same parameters
 vllm.config
@@ -131,6 +132,15 @@ vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel
 vllm.model_executor.kernels.linear.scaled_mm.cpu
   source | CPUFp8BlockScaledMMKernel.is_supported | fp8_block.py | remove ours when it needs no AMX
   source | CPUFp8W8A8BlockScaledMMKernel.is_supported | fp8_block.py | remove ours when it needs no AMX
+vllm.model_executor.kernels.mhc
+  exists | tilelang_kernels | tilelang_build.py | its kernels are compiled ahead of time
+vllm.model_executor.kernels.mhc.tilelang_kernels
+  source | compute_num_split | tilelang_build.py warmup_steps.py | splits of a product for the SMs of the GPU | get_device_properties
+  source | ENABLE_PDL | tilelang_build.py | a part of the kernels that is asked of the platform | is_arch_support_pdl
+  signature | MhcPreBigFuseTileLangKernel.get_warmup_keys MhcPostTileLangKernel.get_warmup_keys | tilelang_build.py | called
+  signature | MhcFusedTileLangKernel.get_warmup_keys HcHeadFusedTileLangKernel.get_warmup_keys | tilelang_build.py | called
+  exists | _MHC_PRE_BIG_FUSE_TILELANG_KERNEL _MHC_POST_TILELANG_KERNEL | tilelang_build.py | asked for their keys
+  exists | _MHC_FUSED_TILELANG_KERNEL _HC_HEAD_FUSED_TILELANG_KERNEL | tilelang_build.py | asked for their keys
 vllm.model_executor.layers.attention
   source | is_deferred_attention_layer | model.py | attention comes behind linears | process_weights_after_loading
 vllm.model_executor.layers.fused_moe
@@ -237,8 +247,6 @@ vllm.model_executor.parameter
   source | PerTensorScaleParameter | linear.py | one global scale a shard | weight_scale_2
 vllm.model_executor.utils
   signature | replace_parameter | fp8_block.py | sets the widened scale
-vllm.model_executor.kernels.mhc.tilelang_kernels
-  source | compute_num_split | warmup_steps.py | sizes that make DeepGEMM split otherwise
 vllm.model_executor.warmup.kernel_warmup
   source | kernel_warmup | warmup.py | what is warm without us
 vllm.models.deepseek_v4
@@ -305,6 +313,8 @@ vllm.models.deepseek_v4.nvidia.model
   source | DeepseekV4Model._pad_shared_expert_weight | model.py mtp.py | called while loading
   source | DeepseekV4Model.use_sequence_parallel | model.py | says that nothing is padded
   source | DeepseekV4Model.get_expert_mapping | loader.py | called
+  source | DeepseekV4DecoderLayer.__init__ | tilelang_build.py | what is asked of TileLang's kernels | POST_ALPHA
+  source | DeepseekV4Model.__init__ | tilelang_build.py | likewise | _HC_HEAD_FUSED_TILELANG_KERNEL
   source | DeepseekV4Model.finalize_mhc_broadcast_weights | model.py | must run inside load_weights | derives tensors
   source | DeepseekV4ForCausalLM.__init__,load_weights,process_weights_after_loading | model.py | called from ours
   value | DeepseekV4ForCausalLM.finalizes_weights_during_load | model.py | ends load_weights with processing
@@ -320,12 +330,15 @@ vllm.models.deepseek_v4.nvidia.mtp
 vllm.models.deepseek_v4.quant_config
   source | DeepseekV4FP8Config | quantization.py | method of FP8 linears | deepseek_v4_fp8
 vllm.platforms
+  source | _current_platform __getattr__ | tilelang_build.py | the choice that we replace | _current_platform
   exists | current_platform | fp8_block.py platform.py registration.py warmup_steps.py | CPU or CUDA
   exists | PlatformEnum | fp8_block.py linear.py | keys of the kernel tables
   exists | vllm_version_matches_substr | vllm_cli.py | spells the version; differs between wheels | vllm/platforms
 vllm.platforms.interface
   exists | PlatformEnum.CPU | fp8_block.py linear.py | key of the kernel tables
-  exists | PlatformEnum.CUDA | linear.py | key of the kernel tables
+  exists | PlatformEnum.CUDA | linear.py tilelang_build.py | key of the kernel tables
+  exists | PlatformEnum Platform | tilelang_build.py | base class of a stand-in
+  source | Platform.is_arch_support_pdl | tilelang_build.py | overridden
   signature | Platform.is_cpu | fp8_block.py platform.py registration.py | CPU or CUDA
   signature | Platform.is_cuda | platform.py registration.py warmup_steps.py | CPU or CUDA
   signature | Platform.is_device_capability Platform.num_compute_units | warmup_steps.py | decide what is to be warmed
@@ -338,6 +351,8 @@ vllm.plugins
   source | load_general_plugins | __init__.py | lets exceptions of `register` through | register
 vllm.reasoning
   value | _REASONING_PARSERS_TO_REGISTER[deepseek_v4] | cli.py | default of --reasoning-parser
+vllm.tilelang_utils
+  source | _get_pass_configs | tilelang_build.py | compiler options by platform, a part of the kernel's name | pass options
 vllm.tool_parsers
   value | _TOOL_PARSERS_TO_REGISTER[deepseek_v4] | cli.py | default of --tool-call-parser
 vllm.transformers_utils.config

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from vllm_nvfp4 import tilelang_build
 
 from cutedsl import compile as compiler
 from cutedsl import deployment
@@ -47,6 +48,11 @@ def test_the_context_is_what_is_copied(root: Path, dockerfile: str) -> None:
 
 def test_image_and_pods_agree(root: Path, dockerfile: str) -> None:
     deployment = (root / "k8s" / "base" / "deployment.yaml").read_text()
+    # What is compiled at start goes where a pod has room, and a container that is restarted finds it.
+    caches = re.findall(r"(?:CACHE_HOME|CACHE_DIR|WORKSPACE_BASE)=(\S+)", dockerfile)
+    (volume,) = re.findall(r"\{name: tmp, mountPath: (\S+)\}", deployment)
+    assert len(caches) == 4
+    assert all(Path(cache).is_relative_to(f"{volume}/cache") for cache in caches)
     user, group = re.findall(r"^USER (\d+):(\d+)$", dockerfile, re.M)[-1]
     assert re.findall(r"runAsUser: (\d+)", deployment) == [user]
     assert re.findall(r"runAsGroup: (\d+)", deployment) == [group]
@@ -60,6 +66,7 @@ def test_image_and_pods_agree(root: Path, dockerfile: str) -> None:
 def test_one_set_of_kernels_serves_both_models(dockerfile: str, arch: str) -> None:
     found = defaults(dockerfile)
     assert arch in found["KERNEL_ARCHS"].split(",")
+    assert arch in tilelang_build.NUM_SMS
     tp = [int(size) for size in found["KERNEL_TP"].split(",")]
 
     def kernels(model: str) -> set[tuple[str, str]]:
