@@ -22,7 +22,15 @@ s * 2^118: a shift and a mask make the BF16 numbers of two, and the multiplicati
 product, code * s * 2^-8, is normal or 0, and exact. The factor 2^8 that is left goes into alpha.
 
 Tiles are numbered, found and walked as in `grouped_gemm_swap_sm100`, by persistent CTAs: one warp loads, two warpgroups
-decode, multiply and store. While one decodes, the other one's products keep the tensor cores busy.
+decode, multiply and store. While a warpgroup decodes a lot of weights, the tensor cores work on the lot before, so that they
+idle only where decoding takes longer. Two lots take registers: where sums are many, lots are small. ptxas lets MMAs overlap
+with what follows only if a basic block has one lot of them at most, and if it finds the registers; otherwise it waits for
+each MMA by itself and tells nobody (tests/sim/test_machine_code_sm90.py looks).
+
+Widths. MMAs of a tile with few tokens have fewer columns (`widths`). All warps of a tile, and both CTAs of a cluster, have
+the same tokens, so that a branch around the MMAs of a lot chooses. Their sums are the first registers of each block's, their
+tokens the first of a stage's. So a tile may be wider than most experts need, and an expert with more tokens than a tile is
+cut into equal ones, up to the step of widths. With even shares there is one width, as sums of whole tiles are exchanged.
 
 Even shares. With few tokens there are few tiles, and a last round of them would leave most SMs idle. Then (`even`) tiles are
 laid end to end, and every CTA gets as many steps of K of that row as any other, wherever that cuts a tile. Who has the
@@ -72,11 +80,14 @@ BLOCK_SF_BYTES = BLOCK_ROWS * BLOCK_K // NVFP4.block_size
 TILE_K = BLOCK_K
 MMA_K = 16
 LOAD_K = 64
+STEPS_OF_LOAD = LOAD_K // MMA_K
 MAX_TILE_N = 256
 # Columns of sums of a warpgroup: 160 registers a thread.
 MAX_SUMS = 320
+# Columns of MMAs: the fewest and the step. Fewer would save nothing, as decoding takes about as long as MMAs of 32.
+MIN_WIDTH, WIDTH_STEP = 32, 16
 # Tokens of a tile: of a linear with few tokens and with many, and of several groups at most.
-MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 144
+MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 160
 # Of rounds of tiles, what must be tiles for even shares not to be faster: they cost an exchange of sums.
 MIN_FILLED = 0.85
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
@@ -129,7 +140,6 @@ class Config:
         tile_n: tokens of a tile, a multiple of 8.
         num_stages: steps of K between load and MMA.
         num_consumers: warpgroups that decode and multiply, each its share of tile_w.
-        overlap: weights are decoded while the tensor cores work on those before.
         cluster_w: CTAs of a cluster with neighbouring weight tiles of the same tokens, which each loads a part of for all.
         even: every CTA has the same number of steps of K; not with cluster_w.
         arch: a key of ARCHS.
@@ -140,7 +150,6 @@ class Config:
     tile_n: int
     num_stages: int
     num_consumers: int = 2
-    overlap: bool = True
     cluster_w: int = 1
     even: bool = False
     arch: str = "sm_90a"
@@ -154,6 +163,18 @@ class Config:
     def blocks_of_warpgroup(self) -> int:
         """Of them, those that one warpgroup computes."""
         return self.blocks // self.num_consumers
+
+    @property
+    def lot_steps(self) -> int:
+        """Steps of MMA_K whose weights are decoded at a time; with many sums there are registers for few, twice."""
+        return STEPS_OF_LOAD if self.tile_n <= LARGE_TILE_N else 2
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of MMAs; a tile takes the first that its tokens fit. With even shares all tiles have tile_n."""
+        if self.even or self.tile_n <= MIN_WIDTH:
+            return (self.tile_n,)
+        return tuple(range(MIN_WIDTH, self.tile_n + 1, WIDTH_STEP))
 
     @property
     def consumer_threads(self) -> int:
@@ -272,7 +293,7 @@ def choose_config(shape: Shape, epilogue: str, arch: str = "sm_90a") -> Config:
     if arch not in ARCHS:
         raise ValueError(f"choose_config: arch is {arch!r}, expected one of {sorted(ARCHS)}")
     if shape.num_groups > 1:
-        return _grouped_config(epilogue, min(_round_tile(shape.tokens), MAX_GROUPED_TILE_N), arch)
+        return _grouped_config(epilogue, _grouped_tile(shape.tokens), arch)
     num_sms = ARCHS[arch].num_sms
     if shape.tokens <= MAX_SMALL_TILE_N:
         tile_n = 1 << max(3, (shape.tokens - 1).bit_length())
@@ -315,21 +336,28 @@ def _round_tile(tokens: int) -> int:
     return 8 if tokens <= 8 else -(-tokens // 16) * 16
 
 
+def _grouped_tile(tokens: int) -> int:
+    """The tile for groups of which the largest has so many tokens."""
+    if tokens <= MAX_GROUPED_TILE_N:
+        return _round_tile(tokens)
+    # As many tiles as most groups need, see workspace.large_group; each holds its part of the largest one.
+    num_tiles = -(-(tokens - 2 * math.isqrt(tokens)) // MAX_GROUPED_TILE_N)
+    return min(_round_tile(-(-tokens // num_tiles)), MAX_GROUPED_TILE_N)
+
+
 def _grouped_config(epilogue: str, tile_n: int, arch: str) -> Config:
     """For several groups: weights are most of the work, so that tiles are wide; few tokens want even shares."""
-    # Above, sums leave no registers for two halves of a stage, and tokens are worth sharing.
-    large = tile_n > LARGE_TILE_N
-    return largest_config(
-        epilogue, 256, tile_n, overlap=not large, cluster_w=2 if large else 1, even=tile_n == 8, arch=arch
-    )
+    # Many tokens are worth sharing.
+    cluster_w = 2 if tile_n > LARGE_TILE_N else 1
+    return largest_config(epilogue, 256, tile_n, cluster_w=cluster_w, even=tile_n == 8, arch=arch)
 
 
 def largest_config(
-    epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, cluster_w: int = 1,
-    even: bool = False, arch: str = "sm_90a",
+    epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, cluster_w: int = 1, even: bool = False,
+    arch: str = "sm_90a",
 ) -> Config:  # fmt: skip
     """The configuration of that tile with as many stages as fit the architecture."""
-    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, even, arch)
+    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, cluster_w, even, arch)
     num_stages = (ARCHS[arch].smem_bytes - without_stages.fixed_bytes) // without_stages.stage_bytes
     return replace(without_stages, num_stages=num_stages).validate()
 
@@ -374,11 +402,12 @@ class _Tiles(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """An expert's weight rows tile_w * w_tile ... by its tokens first_token ... first_token + tile_n - 1."""
+    """An expert's weight rows tile_w * w_tile ... by num_tokens of its tokens from first_token on."""
 
     expert: Any
     w_tile: Any
     first_token: Any
+    num_tokens: Any
 
 
 class _Place(NamedTuple):
@@ -470,7 +499,6 @@ class GroupedGemmSm90:
         """
         config = self.config
         num_rows = mX.shape[0]
-        tiled_mma = self._tiled_mma()
         x_stage = cute.slice_(self._x_smem_layout(), (None, None, 0))
         load = cpasync.CopyBulkTensorTileG2SOp()
         if cutlass.const_expr(config.cluster_w > 1):
@@ -489,7 +517,7 @@ class GroupedGemmSm90:
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
-        self.kernel(tiled_mma, tma_x, mX, weights, out, self._exchange(mSums, mFlag)).launch(
+        self.kernel(tma_x, mX, weights, out, self._exchange(mSums, mFlag)).launch(
             grid=(clusters * config.cluster_w, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
             cluster=(config.cluster_w, 1, 1),
@@ -499,9 +527,7 @@ class GroupedGemmSm90:
         )
 
     @cute.kernel
-    def kernel(
-        self, tiled_mma: cute.TiledMma, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, exchange: _Exchange
-    ) -> None:
+    def kernel(self, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, exchange: _Exchange) -> None:
         """Sets up barriers and the list of tiles, then every warp takes its role."""
         config = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -523,10 +549,10 @@ class GroupedGemmSm90:
         if warp >= config.load_warp:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
             if warp == config.load_warp:
-                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles)
+                self._load(tma_x, mX, weights, out, smem, tiles)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
-            self._consume(tiled_mma, smem, tiles, out, exchange)
+            self._consume(smem, tiles, out, exchange)
         # Others may still write to a CTA's shared memory, or read it.
         if cutlass.const_expr(config.cluster_w > 1):
             self._sync()
@@ -541,9 +567,7 @@ class GroupedGemmSm90:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _load(
-        self, tma_x: Any, mX: cute.Tensor, weights: Any, mPaddedOffset: cute.Tensor, smem: _Smem, tiles: _Tiles
-    ) -> None:
+    def _load(self, tma_x: Any, mX: cute.Tensor, weights: Any, out: _Out, smem: _Smem, tiles: _Tiles) -> None:
         """Load warp: for each step of K the blocks of weights, their scales and the tokens."""
         config = self.config
         mW, mSFW = weights
@@ -552,8 +576,8 @@ class GroupedGemmSm90:
         everybody = cutlass.Int16((1 << config.cluster_w) - 1)
         index, phase = cutlass.Int32(0), cutlass.Int32(1)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
-            at = self._find(tiles, tile)
-            row = mPaddedOffset[at.expert] + at.first_token
+            at = self._find(tiles, tile, out.mCount)
+            row = out.mPaddedOffset[at.expert] + at.first_token
             # (tile_n, TILE_K, k tiles)
             gX = cute.local_tile(cute.domain_offset((row, 0), mX), (config.tile_n, TILE_K), (0, None))
             # Of a cluster that shares tokens, each CTA loads its part for all.
@@ -586,53 +610,21 @@ class GroupedGemmSm90:
                     phase = phase ^ 1
 
     @cute.jit
-    def _consume(self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out, exchange: _Exchange) -> None:
-        """Warpgroups: each decodes its blocks of rows, multiplies them with all tokens of the tile, and stores."""
+    def _consume(self, smem: _Smem, tiles: _Tiles, out: _Out, exchange: _Exchange) -> None:
+        """Warpgroups: each decodes its blocks of rows, multiplies them with the tokens of the tile, and stores."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
         group, thread = cute.arch.make_warp_uniform(thread // WARPGROUP), thread % WARPGROUP
-        rows = config.blocks_of_warpgroup * BLOCK_ROWS
-        tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(0).partition_B(smem.sX))
-        acc = cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, config.tile_n)), cutlass.Float32)
-        shape_a = tiled_mma.partition_shape_A((rows, LOAD_K))
-        # One for each half of a stage, so that one may be written while tensor cores read the other.
-        tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2 if config.overlap else 1)]
-        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        in_flight = 1 if config.overlap else 0
-        index, phase = cutlass.Int32(0), cutlass.Int32(0)
+        # (column pair, row g or g + 8, 8 tokens, blocks)
+        sums = cute.make_rmem_tensor((2, 2, config.tile_n // 8, config.blocks_of_warpgroup), cutlass.Float32)
+        stage = (cutlass.Int32(0), cutlass.Int32(0))
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
-            place = self._place(self._find(tiles, tile), group, thread, out)
-            acc.fill(0.0)
-            last = cutlass.Int32(-1)
+            at = self._find(tiles, tile, out.mCount)
+            place = self._place(at, group, thread, out)
+            num_tokens = cute.arch.make_warp_uniform(at.num_tokens)
+            sums.fill(0.0)
             first_k, end_k = self._steps(tiles, tile)
-            for _ in cutlass.range(first_k, end_k, unroll=1):
-                cute.arch.mbarrier_wait(smem.full + index, phase)
-                for half in cutlass.range_constexpr(TILE_K // LOAD_K):
-                    tCrA_half = tCrA[half % len(tCrA)]
-                    self._decode(smem, index, half, group, thread, tCrA_half)
-                    warpgroup.fence()
-                    k_blocks = LOAD_K // MMA_K
-                    for i in cutlass.range_constexpr(k_blocks):
-                        tCrB_i = tCrB[None, None, half * k_blocks + i, index]
-                        cute.gemm(tiled_mma, acc, tCrA_half[None, None, i], tCrB_i, acc)
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(in_flight)
-                    if cutlass.const_expr(config.overlap and half == 0):
-                        # What was in flight were the last MMAs of the stage before.
-                        self._release(smem, last)
-                last = index
-                if cutlass.const_expr(not config.overlap):
-                    self._release(smem, last)
-                index += 1
-                if index == config.num_stages:
-                    index = cutlass.Int32(0)
-                    phase = phase ^ 1
-            if cutlass.const_expr(config.overlap):
-                warpgroup.wait_group(0)
-                self._release(smem, last)
-            # (column pair, row g or g + 8, 8 tokens, blocks)
-            sums = cute.make_layout((2, 2, config.tile_n // 8, config.blocks_of_warpgroup))
-            sums = cute.make_tensor(acc.iterator, sums)
+            stage = self._multiply(num_tokens, sums, smem, stage, end_k - first_k, group, thread)
             if cutlass.const_expr(config.even):
                 if first_k > 0:
                     mine = exchange.mSums[None, thread, None, group, tiles.share]
@@ -650,6 +642,86 @@ class GroupedGemmSm90:
                     self._store(sums, smem, place, group, thread, out)
             else:
                 self._store(sums, smem, place, group, thread, out)
+
+    @cute.jit
+    def _multiply(
+        self, num_tokens: Any, sums: cute.Tensor, smem: _Smem, stage: Any, num_steps: Any, group: Any, thread: Any
+    ) -> Any:
+        """Warpgroup: adds so many steps' products with a tile's tokens to the sums.
+
+        Args:
+            num_tokens: of the tile; all threads have the same.
+            sums: (2, 2, tile_n / 8, blocks).
+            smem: see _Smem.
+            stage: of the first step, and its barrier's phase.
+            num_steps: of K, at least 1.
+            group, thread: who this is.
+
+        Returns:
+            What stage is for the next tile.
+        """
+        config = self.config
+        rows, lot_steps = config.blocks_of_warpgroup * BLOCK_ROWS, config.lot_steps
+        shape_a = self._tiled_mma(config.tile_n).partition_shape_A((rows, lot_steps * MMA_K))
+        # Two, so that one may be written while tensor cores read the other.
+        tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2)]
+        index, phase = stage
+        last = cutlass.Int32(-1)
+        for _ in cutlass.range(num_steps, unroll=1):
+            cute.arch.mbarrier_wait(smem.full + index, phase)
+            # A loop, as ptxas lets MMAs overlap only where at most one lot of them is in a basic block: see _release.
+            for first in cutlass.range(0, TILE_K // MMA_K, 2 * lot_steps, unroll=1):
+                for lot in cutlass.range_constexpr(2):
+                    step, word = first + lot * lot_steps, lot * lot_steps % STEPS_OF_LOAD
+                    self._decode(smem, index, step // STEPS_OF_LOAD, word, group, thread, tCrA[lot])
+                    self._mma(config.widths, num_tokens, sums, smem, index, step, tCrA[lot])
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(lot == 0):
+                        # What was in flight were, at the first lot, the last MMAs of the stage before.
+                        self._release(smem, last)
+                        last = cutlass.Int32(-1)
+            last = index
+            index += 1
+            if index == config.num_stages:
+                index = cutlass.Int32(0)
+                phase = phase ^ 1
+        warpgroup.wait_group(0)
+        self._release(smem, last)
+        return index, phase
+
+    @cute.jit
+    def _mma(
+        self, widths: tuple[int, ...], num_tokens: Any, sums: cute.Tensor, smem: _Smem, index: Any, step: Any,
+        tCrA: cute.Tensor,
+    ) -> None:  # fmt: skip
+        """Warpgroup: begins the MMAs of a lot with the first of the widths that so many tokens fit."""
+        if cutlass.const_expr(len(widths) == 1):
+            self._mma_of_width(widths[0], sums, smem, index, step, tCrA)
+        else:
+            middle = len(widths) // 2
+            if num_tokens <= widths[middle - 1]:
+                self._mma(widths[:middle], num_tokens, sums, smem, index, step, tCrA)
+            else:
+                self._mma(widths[middle:], num_tokens, sums, smem, index, step, tCrA)
+
+    @cute.jit
+    def _mma_of_width(
+        self, width: int, sums: cute.Tensor, smem: _Smem, index: Any, step: Any, tCrA: cute.Tensor
+    ) -> None:
+        """Warpgroup: begins the MMAs of a lot, steps of MMA_K from a stage's step on, with its first width tokens."""
+        config = self.config
+        tiled_mma = self._tiled_mma(width)
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        # Of each 8 tokens, and of each block of sums, the first ones.
+        x = smem.sX.layout
+        x = cute.make_tensor(smem.sX.iterator, cute.make_layout(((8, width // 8), *x.shape[1:]), stride=x.stride))
+        tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(0).partition_B(x))
+        shape = ((2, 2, width // 8), config.blocks_of_warpgroup, 1)
+        acc = cute.make_tensor(sums.iterator, cute.make_layout(shape, stride=((1, 2, 4), config.tile_n // 2, 0)))
+        warpgroup.fence()
+        for i in cutlass.range_constexpr(config.lot_steps):
+            cute.gemm(tiled_mma, acc, tCrA[None, None, i], tCrB[None, None, step + i, index], acc)
+        warpgroup.commit_group()
 
     @cute.jit
     def _release(self, smem: _Smem, index: Any) -> None:
@@ -673,8 +745,7 @@ class GroupedGemmSm90:
             for b in range(config.blocks_of_warpgroup)
         ]
         row = out.mPaddedOffset[at.expert] + at.first_token - at.expert * out.group_rows
-        num_tokens = cutlass.min(out.mCount[at.expert] - at.first_token, config.tile_n)
-        return _Place(at.expert, block, num_tokens, row, alphas)
+        return _Place(at.expert, block, at.num_tokens, row, alphas)
 
     @cute.jit
     def _leave(self, sums: cute.Tensor, mSums: cute.Tensor) -> None:
@@ -740,20 +811,23 @@ class GroupedGemmSm90:
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
 
     @cute.jit
-    def _decode(self, smem: _Smem, index: Any, half: int, group: Any, thread: Any, tCrA: cute.Tensor) -> None:
-        """Writes a warpgroup's weights of 64 columns of a stage, times their block scales, to the fragment."""
+    def _decode(
+        self, smem: _Smem, index: Any, half: Any, first: int, group: Any, thread: Any, tCrA: cute.Tensor
+    ) -> None:
+        """Writes a warpgroup's weights of a lot, from a first step of half a stage on, times their block scales."""
         config = self.config
         # ((1, 2, 2), blocks, k blocks): pairs of neighbouring columns
         rA = cute.recast_tensor(tCrA, cutlass.Int32)
-        steps = LOAD_K // MMA_K
+        steps = config.lot_steps
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
             block = group * config.blocks_of_warpgroup + b
-            rW = cute.make_rmem_tensor(4, cutlass.Int32)
-            # (4 words, thread, half)
+            rW = cute.make_rmem_tensor(steps, cutlass.Int32)
+            # (words, words / steps, thread, half)
             sW = cute.make_tensor(
-                smem.sW[None, block, index].iterator, cute.make_layout((4, WARPGROUP, TILE_K // LOAD_K))
+                smem.sW[None, block, index].iterator,
+                cute.make_layout((steps, STEPS_OF_LOAD // steps, WARPGROUP, TILE_K // LOAD_K)),
             )
-            cute.autovec_copy(sW[None, thread, half], rW)
+            cute.autovec_copy(sW[None, first // steps, thread, half], rW)
             # (4 scales along k, half, row g or g + 8, g of all warps)
             rSF = cute.make_rmem_tensor((1, 2), cutlass.Int32)
             sSF = cute.make_tensor(
@@ -764,7 +838,7 @@ class GroupedGemmSm90:
             # Of rows g and g + 8: BF16 numbers of steps 0 and 2, and of 1 and 3.
             scales = [hopper.scale_pairs(rSF[0, h]) for h in range(2)]
             for i in cutlass.range_constexpr(steps):
-                word = rW[i]
+                word, step = rW[i], first + i
                 pairs = (
                     word & _CODE_MASK,
                     (word << 3) & _CODE_MASK,
@@ -772,8 +846,8 @@ class GroupedGemmSm90:
                     ((word << 6) & _MAGNITUDE_MASK) | ((word << 2) & _SIGN_MASK),
                 )
                 for p in cutlass.range_constexpr(4):
-                    scale = scales[p % 2][i % 2]
-                    rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, i // 2)
+                    scale = scales[p % 2][step % 2]
+                    rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, step // 2)
 
     @cute.jit
     def _store(self, sums: cute.Tensor, smem: _Smem, place: _Place, group: Any, thread: Any, out: _Out) -> None:
@@ -869,7 +943,7 @@ class GroupedGemmSm90:
         return alpha * DECODED_SCALE
 
     @cute.jit
-    def _find(self, tiles: _Tiles, tile: Any) -> _Tile:
+    def _find(self, tiles: _Tiles, tile: Any, mCount: cute.Tensor) -> _Tile:
         """Returns where a tile is: its expert is the last one with no more than that many tiles before it."""
         expert = cutlass.Int32(0)
         for bit in (256, 128, 64, 32, 16, 8, 4, 2, 1):
@@ -879,7 +953,11 @@ class GroupedGemmSm90:
         num_token_tiles = tiles.sTile[expert + 1] - before
         in_expert = tile - before * tiles.num_w
         w_tile = in_expert // num_token_tiles * self.config.cluster_w + tiles.rank
-        return _Tile(expert, w_tile, in_expert % num_token_tiles * self.config.tile_n)
+        tile_tokens = cutlass.Int32(self.config.tile_n)
+        if cutlass.const_expr(len(self.config.widths) > 1):
+            tile_tokens = cute.ceil_div(cute.ceil_div(mCount[expert], num_token_tiles), WIDTH_STEP) * WIDTH_STEP
+        first_token = in_expert % num_token_tiles * tile_tokens
+        return _Tile(expert, w_tile, first_token, cutlass.min(mCount[expert] - first_token, tile_tokens))
 
     @cute.jit
     def _tiles(self, mW: cute.Tensor, n: Any, sTile: cute.Tensor) -> _Tiles:
@@ -955,11 +1033,11 @@ class GroupedGemmSm90:
         pointer = cute.recast_ptr(prepared.iterator, dtype=cutlass.Int32)
         return cute.make_tensor(pointer, cute.make_layout((words, num_k, num_n, num_experts), stride=stride))
 
-    def _tiled_mma(self) -> cute.TiledMma:
+    def _tiled_mma(self, width: int) -> cute.TiledMma:
         op = warpgroup.MmaF16BF16Op(
             cutlass.BFloat16,
             cutlass.Float32,
-            (BLOCK_ROWS, self.config.tile_n, MMA_K),
+            (BLOCK_ROWS, width, MMA_K),
             warpgroup.OperandSource.RMEM,
             OperandMajorMode.K,
             OperandMajorMode.K,

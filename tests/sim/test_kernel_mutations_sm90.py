@@ -44,8 +44,8 @@ PLAIN = [
     source(
         "MMAs of two halves left in flight",
         f"{RACE} | {WRONG}",
-        "in_flight = 1 if config.overlap",
-        "in_flight = 2 if config.overlap",
+        "warpgroup.wait_group(1)",
+        "warpgroup.wait_group(2)",
     ),
     source(
         "load never waits for an empty stage",
