@@ -29,6 +29,8 @@ def kernel(name: str, shape: tuple[tuple[int, ...], int, int, int], *args: objec
 
 plain = kernel("bf16", ((9, 0, 3), 136, 544, 1), "bf16", 128, 8)
 pair = kernel("bf16, pairs", ((20, 0, 3), 264, 544, 1), "bf16", 128, 16, cluster_w=2)
+widths = kernel("bf16, widths", ((33, 0, 65, 3), 264, 288, 1), "bf16", 256, 64)
+lots = kernel("bf16, small lots", ((3, 0, 9), 136, 288, 1), "bf16", 128, 144)
 quantized = kernel("swiglu_nvfp4", ((9, 0, 3), 160, 272, 1), "swiglu_nvfp4", 128, 8)
 even = kernel("bf16, even", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 8, even=True)
 flagged = kernel("bf16, even with flags", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 64, even=True)
@@ -38,11 +40,11 @@ PLAIN = [
     source(
         "stage given back a step early",
         f"{RACE} | {WRONG}",
-        "self._release(smem, last)\n                last",
-        "self._release(smem, index)\n                last",
+        "self._release(smem, last)\n                        last",
+        "self._release(smem, index)\n                        last",
     ),
     source(
-        "MMAs of two halves left in flight",
+        "MMAs of two lots left in flight",
         f"{RACE} | {WRONG}",
         "warpgroup.wait_group(1)",
         "warpgroup.wait_group(2)",
@@ -56,16 +58,16 @@ PLAIN = [
     source(
         "consumers never wait for a full stage",
         RACE,
-        "                cute.arch.mbarrier_wait(smem.full + index, phase)\n",
+        "            cute.arch.mbarrier_wait(smem.full + index, phase)\n",
         "",
     ),
     source("code one place off", WRONG, "(word << 3) & _CODE_MASK", "(word << 2) & _CODE_MASK"),
-    source("scale of the other row", WRONG, "scale = scales[p % 2][i % 2]", "scale = scales[0][i % 2]"),
+    source("scale of the other row", WRONG, "scale = scales[p % 2][step % 2]", "scale = scales[0][step % 2]"),
     source(
         "scale of the other half",
         WRONG,
-        "hopper.mul_bf16x2_half(pairs[p], scale, i // 2)",
-        "hopper.mul_bf16x2_half(pairs[p], scale, 1 - i // 2)",
+        "hopper.mul_bf16x2_half(pairs[p], scale, step // 2)",
+        "hopper.mul_bf16x2_half(pairs[p], scale, 1 - step // 2)",
     ),
     source("scales of the other 64 columns", WRONG, "rSF[0, h] = sSF[0, half, h,", "rSF[0, h] = sSF[0, 0, h,"),
     source(
@@ -82,8 +84,8 @@ PLAIN = [
     ),
     source("one token too many stored", WRONG, "(tile_token < place.num_tokens)", "(tile_token <= place.num_tokens)"),
     source("last column left out", WRONG, "(column < num_columns)", "(column < num_columns - 8)"),
-    source("sums of the tile before kept", WRONG, "            acc.fill(0.0)\n", ""),
-    source("tokens of another tile", WRONG, "% num_token_tiles * self.config.tile_n)", "% 1 * self.config.tile_n)"),
+    source("sums of the tile before kept", WRONG, "            sums.fill(0.0)\n", ""),
+    source("tokens of another tile", WRONG, "% num_token_tiles * tile_tokens", "% 1 * tile_tokens"),
 ]
 PAIR = [
     source(
@@ -100,6 +102,23 @@ PAIR = [
         "                0,\n                cute.make_layout(config.cluster_w)",
     ),
     source("both take the same weight tile", WRONG, "* self.config.cluster_w + tiles.rank", "* self.config.cluster_w"),
+]
+WIDTHS = [
+    source("width of fewer tokens", WRONG, "num_tokens <= widths[middle - 1]", "num_tokens <= widths[middle]"),
+    source(
+        "blocks of sums as near as the width", WRONG, "(1, 2, 4), config.tile_n // 2, 0)", "(1, 2, 4), width // 2, 0)"
+    ),
+    source(
+        "tile begins where wide ones would",
+        WRONG,
+        "% num_token_tiles * tile_tokens",
+        "% num_token_tiles * self.config.tile_n",
+    ),
+]
+LOTS = [
+    source("words of the other lot", WRONG, "sW[None, first // steps, thread, half]", "sW[None, 0, thread, half]"),
+    source("scales of the other lot", WRONG, "word, step = rW[i], first + i", "word, step = rW[i], i"),
+    source("tokens of the other lot", WRONG, "tCrB[None, None, step + i, index]", "tCrB[None, None, i, index]"),
 ]
 QUANTIZED = [
     source("h_scale of another expert", WRONG, "out.mHScale[place.expert]", "out.mHScale[0]"),
@@ -130,7 +149,15 @@ FLAGGED = [
     source("flag not set back", WRONG, "            cute.arch.store(flag, cutlass.Int32(0))\n", ""),
 ]
 
-MUTANTS = [(plain, PLAIN), (pair, PAIR), (quantized, QUANTIZED), (even, EVEN), (flagged, FLAGGED)]
+MUTANTS = [
+    (plain, PLAIN),
+    (pair, PAIR),
+    (widths, WIDTHS),
+    (lots, LOTS),
+    (quantized, QUANTIZED),
+    (even, EVEN),
+    (flagged, FLAGGED),
+]
 # The simulator does not notice. Who leaves sums has them at the start of its share and who adds them at the end, so that they
 # are there in time in all runs here; and it does not need a release for others to see what was stored before.
 MISSED = [
