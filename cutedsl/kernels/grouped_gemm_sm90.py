@@ -27,10 +27,11 @@ idle only where decoding takes longer. Two lots take registers: where sums are m
 with what follows only if a basic block has one lot of them at most, and if it finds the registers; otherwise it waits for
 each MMA by itself and tells nobody (tests/sim/test_machine_code_sm90.py looks).
 
-Widths. MMAs of a tile with few tokens have fewer columns (`widths`). All warps of a tile, and both CTAs of a cluster, have
-the same tokens, so that a branch around the MMAs of a lot chooses. Their sums are the first registers of each block's, their
-tokens the first of a stage's. So a tile may be wider than most experts need, and an expert with more tokens than a tile is
-cut into equal ones, up to the step of widths. With even shares there is one width, as sums of whole tiles are exchanged.
+Widths. MMAs of a tile with few tokens have fewer columns (`widths`), and only so many tokens are loaded. All warps of a tile,
+and both CTAs of a cluster, have the same tokens, so that a branch around the MMAs of a lot chooses. Their sums are the first
+registers of each block's, their tokens the first of a stage's. So a tile may be wider than most experts need, and an expert
+with more tokens than a tile is cut into equal ones, up to the step of widths. With even shares there is one width, as sums of
+whole tiles are exchanged.
 
 Even shares. With few tokens there are few tiles, and a last round of them would leave most SMs idle. Then (`even`) tiles are
 laid end to end, and every CTA gets as many steps of K of that row as any other, wherever that cuts a tile. Who has the
@@ -202,9 +203,19 @@ class Config:
         return self.even and self.sums_of_thread >= MIN_FLAGGED_SUMS
 
     @property
+    def load_tokens(self) -> int:
+        """Tokens that are loaded at a time: all, or where widths differ, a unit that a cluster can share."""
+        return self.tile_n if len(self.widths) == 1 else math.gcd(self.tile_n, UNIT_TOKENS)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the loads of one stage write, without tokens."""
+        return self.blocks * (BLOCK_BYTES + BLOCK_SF_BYTES)
+
+    @property
     def stage_bytes(self) -> int:
-        """What the loads of one stage write, and its barrier expects."""
-        return self.blocks * (BLOCK_BYTES + BLOCK_SF_BYTES) + 2 * self.tile_n * TILE_K
+        """What a stage takes."""
+        return self.weight_bytes + 2 * self.tile_n * TILE_K
 
     @property
     def fixed_bytes(self) -> int:
@@ -499,12 +510,16 @@ class GroupedGemmSm90:
         """
         config = self.config
         num_rows = mX.shape[0]
-        x_stage = cute.slice_(self._x_smem_layout(), (None, None, 0))
+        # A box of one unit of tokens in a stage.
+        x_stage = self._x_smem_layout()
+        x_stage = cute.make_composed_layout(
+            x_stage.inner, 0, cute.slice_(self._x_units(x_stage.outer), (None, None, 0, 0))
+        )
         load = cpasync.CopyBulkTensorTileG2SOp()
         if cutlass.const_expr(config.cluster_w > 1):
             load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         tma_x, mX = cpasync.make_tiled_tma_atom(
-            load, mX, x_stage, (config.tile_n, TILE_K), num_multicast=config.cluster_w
+            load, mX, x_stage, (config.load_tokens, TILE_K), num_multicast=config.cluster_w
         )
         # As many as there could be: only the device knows how many there are.
         num_tiles = cute.ceil_div(num_rows, config.tile_n) + cute.size(mCount)
@@ -578,14 +593,18 @@ class GroupedGemmSm90:
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             at = self._find(tiles, tile, out.mCount)
             row = out.mPaddedOffset[at.expert] + at.first_token
-            # (tile_n, TILE_K, k tiles)
-            gX = cute.local_tile(cute.domain_offset((row, 0), mX), (config.tile_n, TILE_K), (0, None))
+            # (tokens of a unit, TILE_K, units, k tiles); of a tile with few tokens some units are not loaded.
+            gX = cute.local_tile(cute.domain_offset((row, 0), mX), (config.load_tokens, TILE_K), (None, None))
+            num_units = cutlass.Int32(config.tile_n // config.load_tokens)
+            if cutlass.const_expr(len(config.widths) > 1):
+                num_units = cute.ceil_div(cutlass.max(at.num_tokens, config.widths[0]), config.load_tokens)
+            stage_bytes = config.weight_bytes + num_units * (2 * config.load_tokens * TILE_K)
             # Of a cluster that shares tokens, each CTA loads its part for all.
             tXsX, tXgX = cpasync.tma_partition(
                 tma_x,
                 tiles.rank,
                 cute.make_layout(config.cluster_w),
-                cute.group_modes(smem.sX, 0, 2),
+                cute.group_modes(cute.make_tensor(smem.sX.iterator, self._x_units(smem.sX.layout)), 0, 2),
                 cute.group_modes(gX, 0, 2),
             )
             first_k, end_k = self._steps(tiles, tile)
@@ -593,7 +612,7 @@ class GroupedGemmSm90:
                 cute.arch.mbarrier_wait(smem.empty + index, phase)
                 full = smem.full + index
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, stage_bytes)
                     for block in cutlass.range_constexpr(config.blocks):
                         # A tile behind the last block loads that again; nobody stores what comes of it.
                         row_block = cutlass.min(at.w_tile * config.blocks + block, num_row_blocks - 1)
@@ -603,7 +622,10 @@ class GroupedGemmSm90:
                         cute.copy(
                             bulk, mSFW[None, k_tile, row_block, at.expert], smem.sSFW[None, block, index], mbar_ptr=full
                         )
-                cute.copy(tma_x, tXgX[None, k_tile], tXsX[None, index], tma_bar_ptr=full, mcast_mask=everybody)
+                for unit in cutlass.range(num_units, unroll=1):
+                    cute.copy(
+                        tma_x, tXgX[None, unit, k_tile], tXsX[None, unit, index], tma_bar_ptr=full, mcast_mask=everybody
+                    )
                 index += 1
                 if index == config.num_stages:
                     index = cutlass.Int32(0)
@@ -1049,6 +1071,15 @@ class GroupedGemmSm90:
         config = self.config
         return hopper_helpers.make_smem_layout_b(
             tensor_utils.LayoutEnum.ROW_MAJOR, (BLOCK_ROWS, config.tile_n, TILE_K), cutlass.BFloat16, config.num_stages
+        )
+
+    def _x_units(self, layout: Any) -> Any:
+        """Returns (tokens of a unit, TILE_K, units, stage) of (tile_n, TILE_K, stage)."""
+        tokens = self.config.load_tokens
+        (_, columns, (_, stages)), ((row, octet), column_stride, (_, stage)) = layout.shape, layout.stride
+        return cute.make_layout(
+            ((8, tokens // 8), columns, self.config.tile_n // tokens, stages),
+            stride=((row, octet), column_stride, tokens * row, stage),
         )
 
     def _allocate_smem(self) -> _Smem:

@@ -267,12 +267,15 @@ WIDTH_CONFIGS = [small(BF16, 128, 80), small(SWIGLU, 256, 80, num_consumers=4), 
 
 
 @pytest.mark.parametrize("config", WIDTH_CONFIGS, ids=name)
-def test_few_tokens_are_few_columns(config: Config) -> None:
+def test_few_tokens_are_few_columns_and_bytes(config: Config) -> None:
     i = WIDTH_CONFIGS.index(config)
     n, k = 32, 160
     report = simulate(config, (WIDTH_COUNTS, n, k, 2), policy_of(i), i)
     weights = config.tile_w * config.cluster_w * 256
     assert report.counters["mma_flops"] == 2 * weights * sum(WIDTHS)
+    # Two steps of K, each with the weights of every CTA, and as many tokens as columns, once for a cluster.
+    loaded = len(WIDTHS) * config.weight_bytes * config.cluster_w + sum(WIDTHS) * 256
+    assert report.counters["tma_load_global_bytes"] == 2 * loaded
 
 
 @pytest.mark.parametrize("config", [small(BF16, 256, 160, cluster_w=2, num_stages=2), small(BF16, 256, 128)], ids=name)

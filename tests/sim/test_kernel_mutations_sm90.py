@@ -114,6 +114,13 @@ WIDTHS = [
         "% num_token_tiles * tile_tokens",
         "% num_token_tiles * self.config.tile_n",
     ),
+    source(
+        "last unit of tokens not loaded",
+        f"{RACE} | {WRONG}",
+        "cutlass.max(at.num_tokens, config.widths[0]), config.load_tokens)",
+        "cutlass.max(at.num_tokens - 16, config.widths[0]), config.load_tokens)",
+    ),
+    source("bytes of all units expected", RACE, "weight_bytes + num_units * (2 *", "weight_bytes + 2 * (2 *"),
 ]
 LOTS = [
     source("words of the other lot", WRONG, "sW[None, first // steps, thread, half]", "sW[None, 0, thread, half]"),
