@@ -422,11 +422,13 @@ def _grouped_swap(module: Any, asked: Deployment) -> Iterator[Hashable]:
 
 
 def _grouped_hopper(module: Any, asked: Deployment) -> Iterator[Hashable]:
-    from cutedsl.runners.workspace import large_group
+    from cutedsl.runners.workspace import expected_hit, large_group
 
     for n, k, num_groups, top_k, total, epilogue in sorted(_hopper_shapes(module, asked)):
-        for tokens in sorted({large_group(batch, top_k, total) for batch in asked.batches()}):
-            yield module.choose_config(module.Shape(tokens, n, k, num_groups), epilogue, asked.arch)
+        for batch in asked.batches():
+            tokens = large_group(batch, top_k, total)
+            num_hit = expected_hit(batch, top_k, total, num_groups) if total > 1 else None
+            yield module.choose_config(module.Shape(tokens, n, k, num_groups, num_hit), epilogue, asked.arch)
 
 
 def _hopper_shapes(module: Any, asked: Deployment) -> set[tuple[int, int, int, int, int, str]]:

@@ -22,7 +22,16 @@ s * 2^118: a mask, or a rotation and a mask, make the BF16 numbers of two, and t
 its halves. The product, code * s * 2^-8, is normal or 0, and exact. The factor 2^8 that is left goes into alpha.
 
 Tiles are numbered, found and walked as in `grouped_gemm_swap_sm100`, by persistent CTAs: one warp loads, two warpgroups
-decode, multiply and store. While one decodes, the other one's products keep the tensor cores busy.
+decode, multiply and store. While a warpgroup decodes a lot of weights, the tensor cores work on the lot before, so that they
+idle only where decoding takes longer. Two lots take registers: where sums are many, lots are small. ptxas lets MMAs overlap
+with what follows only if a basic block has one lot of them at most, and if it finds the registers; otherwise it waits for
+each MMA by itself and tells nobody (tests/sim/test_machine_code_sm90.py looks).
+
+Widths. MMAs of a tile with few tokens have fewer columns (`widths`), and only so many tokens are loaded. All warps of a tile,
+and both CTAs of a cluster, have the same tokens, so that a branch around the MMAs of a lot chooses. Their sums are the first
+registers of each block's, their tokens the first of a stage's. So a tile may be wider than most experts need, and an expert
+with more tokens than a tile is cut into equal ones, up to the step of widths. With even shares there is one width, as sums of
+whole tiles are exchanged.
 
 Even shares. With few tokens there are few tiles, and a last round of them would leave most SMs idle. Then (`even`) tiles are
 laid end to end, and every CTA gets as many steps of K of that row as any other, wherever that cuts a tile. Who has the
@@ -88,15 +97,18 @@ BLOCK_SF_BYTES = BLOCK_ROWS * BLOCK_K // NVFP4.block_size
 TILE_K = BLOCK_K
 MMA_K = 16
 LOAD_K = 64
+STEPS_OF_LOAD = LOAD_K // MMA_K
 MAX_TILE_N = 256
 # Columns of sums of a warpgroup: 160 registers a thread.
 MAX_SUMS = 320
+# Columns of MMAs: the fewest and the step. Fewer would save nothing, as decoding takes about as long as MMAs of 32.
+MIN_WIDTH, WIDTH_STEP = 32, 16
 # Tokens of a tile: of a linear with few tokens and with many, and of several groups at most.
-MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 144
+MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 160
 # CTAs of a cluster: what every Hopper GPU has room for. Source: CUDA C++ Programming Guide, "Thread Block Clusters".
 MAX_CLUSTER_K = 8
-# Those that `choose_config` knows.
-CLUSTERS_K = (2, 4, 8)
+# Tokens of a tile for which four warpgroups are at least as fast as two. Source: docs/bench/sm90.md.
+MAX_MANY_CONSUMERS_TILE_N = 32
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
 MIN_STEPS = 4
 # A tile then has at most as many shares as a warpgroup has threads to wait for them.
@@ -148,7 +160,6 @@ class Config:
         tile_n: tokens of a tile, a multiple of 8.
         num_stages: steps of K between load and MMA.
         num_consumers: warpgroups that decode and multiply, each its share of tile_w.
-        overlap: weights are decoded while the tensor cores work on those before.
         cluster_w: CTAs of a cluster with neighbouring weight tiles of the same tokens, which each loads a part of for all.
         even: every CTA has the same number of steps of K; not in a cluster.
         one_group: all rows of X are of one group: there is no list of tiles, and nothing to look up before the first load.
@@ -161,7 +172,6 @@ class Config:
     tile_n: int
     num_stages: int
     num_consumers: int = 2
-    overlap: bool = True
     cluster_w: int = 1
     even: bool = False
     cluster_k: int = 1
@@ -182,6 +192,18 @@ class Config:
     def blocks_of_warpgroup(self) -> int:
         """Of them, those that one warpgroup computes."""
         return self.blocks // self.num_consumers
+
+    @property
+    def lot_steps(self) -> int:
+        """Steps of MMA_K whose weights are decoded at a time; with many sums there are registers for few, twice."""
+        return STEPS_OF_LOAD if self.tile_n <= LARGE_TILE_N else 2
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of MMAs; a tile takes the first that its tokens fit. With even shares all tiles have tile_n."""
+        if self.even or self.tile_n <= MIN_WIDTH:
+            return (self.tile_n,)
+        return tuple(range(MIN_WIDTH, self.tile_n + 1, WIDTH_STEP))
 
     @property
     def consumer_threads(self) -> int:
@@ -214,9 +236,19 @@ class Config:
         return self.even and self.sums_of_thread >= MIN_FLAGGED_SUMS
 
     @property
+    def load_tokens(self) -> int:
+        """Tokens that are loaded at a time: all, or where widths differ, a unit that a cluster can share."""
+        return self.tile_n if len(self.widths) == 1 else math.gcd(self.tile_n, UNIT_TOKENS)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the loads of one stage write, without tokens."""
+        return self.blocks * (BLOCK_BYTES + BLOCK_SF_BYTES)
+
+    @property
     def stage_bytes(self) -> int:
-        """What the loads of one stage write, and its barrier expects."""
-        return self.blocks * (BLOCK_BYTES + BLOCK_SF_BYTES) + 2 * self.tile_n * TILE_K
+        """What a stage takes."""
+        return self.weight_bytes + 2 * self.tile_n * TILE_K
 
     @property
     def cluster_sums_bytes(self) -> int:
@@ -296,12 +328,14 @@ class Shape:
         n: weight rows of a group.
         k: columns.
         num_groups: experts; 1 for a linear, whose tokens are all rows of X.
+        num_hit: of them, those that have tokens, as far as the host can tell, likewise; None: all.
     """
 
     tokens: int
     n: int
     k: int
     num_groups: int = 1
+    num_hit: int | None = None
 
 
 # Every launch asks.
@@ -320,17 +354,16 @@ def choose_config(shape: Shape, epilogue: str, arch: str = "sm_90a") -> Config:
     Raises:
         ValueError: arch or epilogue is unknown.
 
-    Source: measured on one H200, docs/bench/sm90.md; what clusters that share tiles take is estimated.
+    Source: measured on one H200, docs/bench/sm90.md.
     """
     if arch not in ARCHS:
         raise ValueError(f"choose_config: arch is {arch!r}, expected one of {sorted(ARCHS)}")
     if shape.num_groups > 1:
-        return _grouped_config(epilogue, min(_round_tile(shape.tokens), MAX_GROUPED_TILE_N), arch)
-    small = shape.tokens <= MAX_SMALL_TILE_N
-    tile_n = 1 << max(3, (shape.tokens - 1).bit_length()) if small else LARGE_TILE_N
-    splits = _small_splits() if small else _large_splits()
-    times = {split: _time(shape, split, tile_n, ARCHS[arch].num_sms) for split in splits}
-    return _linear_config(epilogue, tile_n, min(times, key=lambda split: times[split]), arch)
+        return _grouped_config(
+            epilogue, _grouped_tile(shape.tokens), _has_even_shares(shape, ARCHS[arch].num_sms), arch
+        )
+    splits = _splits(shape.tokens)
+    return _linear_config(epilogue, min(splits, key=lambda split: _time_us(shape, split, ARCHS[arch].num_sms)), arch)
 
 
 def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
@@ -339,63 +372,107 @@ def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
     Raises:
         ValueError: arch or epilogue is unknown.
     """
-    found = [_grouped_config(epilogue, tile_n, arch) for tile_n in (8, *range(16, MAX_GROUPED_TILE_N + 1, 16))]
-    for tile_n in (8, 16, 32, MAX_SMALL_TILE_N):
-        found += [_linear_config(epilogue, tile_n, split, arch) for split in _small_splits()]
-    found += [_linear_config(epilogue, LARGE_TILE_N, split, arch) for split in _large_splits()]
+    tiles = (8, *range(16, MAX_GROUPED_TILE_N + 1, 16))
+    found = [_grouped_config(epilogue, tile_n, even, arch) for tile_n in tiles for even in (False, True)]
+    for tokens in (8, 16, 32, MAX_SMALL_TILE_N, MAX_SMALL_TILE_N + 1):
+        found += [_linear_config(epilogue, split, arch) for split in _splits(tokens)]
     return tuple(dict.fromkeys(found))
 
 
 class _Split(NamedTuple):
-    """How a linear's work is shared by CTAs, and what that costs: fields of a Config, and estimates.
+    """How a linear's work is shared by CTAs, and what that costs: fields of a Config, and microseconds.
 
     Attributes:
-        step: time of a step of K of 128 weight rows, of those of a tile of 128 that is not shared.
-        fixed: of such steps, what the exchange of sums takes.
-        again: of such steps, what each further round of CTAs takes to begin: those that are not persistent.
+        step_us: of a step of K of a tile.
+        round_us: of what comes in each round of tiles besides: the first loads, the exchange of sums, the results.
+        fixed_us: of what comes once.
+        share_us: with even shares, of each share that a tile has.
     """
 
     tile_w: int
-    step: float
-    fixed: float = 0.0
-    again: float = 0.0
+    tile_n: int
+    step_us: float
+    round_us: float
+    fixed_us: float = 0.0
+    share_us: float = 0.0
     cluster_w: int = 1
     even: bool = False
     cluster_k: int = 1
 
 
-def _small_splits() -> list[_Split]:
-    # Source: even shares as measured on one H200 (docs/bench/linear.jsonl): 2 us for sums, 0.4 us a step. In clusters:
-    # estimated.
-    shared = [_Split(128, 1.0, 2.0, 3.0, cluster_k=cluster_k) for cluster_k in CLUSTERS_K]
-    return [_Split(256, 0.9), _Split(128, 1.0, 5.0, even=True), *shared]
+@functools.cache
+def _splits(tokens: int) -> tuple[_Split, ...]:
+    """The splits for so many tokens.
+
+    Source: fitted to 437 medians of ten linears of V4-Pro and V4-Flash at 1 to 512 tokens on one H200 (docs/bench/sm90.md):
+    no choice between those costs more than 4 %, but one of 17 %. At 16 and 64 tokens as at 8 and 32.
+    """
+    tile_n = 1 << max(3, (tokens - 1).bit_length())
+    if tokens <= 16:
+        return (
+            _Split(256, tile_n, 0.60, 4.1),
+            _Split(128, tile_n, 0.553, 2.4, share_us=0.03, even=True),
+            _Split(128, tile_n, 0.389, 1.97, cluster_k=2),
+            _Split(128, tile_n, 0.455, 1.89, cluster_k=4),
+            _Split(128, tile_n, 0.438, 1.88, 0.74, cluster_k=8),
+            _Split(256, tile_n, 0.655, 3.19, cluster_k=4),
+        )
+    if tokens <= MAX_SMALL_TILE_N:
+        return (
+            _Split(256, tile_n, 0.66, 4.8),
+            _Split(128, tile_n, 0.536, 3.87, share_us=0.24, even=True),
+            _Split(128, tile_n, 0.413, 2.74, cluster_k=2),
+            _Split(128, tile_n, 0.481, 2.53, cluster_k=4),
+            _Split(128, tile_n, 0.504, 2.42, 0.69, cluster_k=8),
+            _Split(256, tile_n, 0.707, 4.18, cluster_k=4),
+        )
+    return (
+        _Split(256, LARGE_TILE_N, 1.149, 3.85, 2.84),
+        _Split(256, LARGE_TILE_N, 1.151, 3.79, 3.69, cluster_w=2),
+        _Split(128, LARGE_TILE_N, 0.612, 2.04, 1.75),
+        _Split(128, LARGE_TILE_N, 0.719, 6.33, share_us=0.52, even=True),
+        _Split(128, LARGE_TILE_N, 0.641, 5.61, cluster_k=2),
+        _Split(128, LARGE_TILE_N, 0.629, 4.85, 1.20, cluster_k=4),
+        _Split(128, LARGE_TILE_N, 0.644, 4.93, 1.36, cluster_k=8),
+        _Split(128, LARGE_TILE_N // 2, 0.469, 4.35, cluster_k=2),
+        _Split(128, LARGE_TILE_N // 2, 0.476, 3.22, 1.04, cluster_k=4),
+    )
 
 
-def _large_splits() -> list[_Split]:
-    # Source: as above: 7 us, 0.8 us. Pairs as measured. In clusters, each CTA sends all of its sums but its part of them.
-    shared = [_Split(128, 1.0, 1.0 + 3.5 * (1 - 1 / cluster_k), 1.5, cluster_k=cluster_k) for cluster_k in CLUSTERS_K]
-    return [_Split(256, 0.88, cluster_w=2), _Split(128, 1.0), _Split(128, 1.0, 9.0, even=True), *shared]
-
-
-def _time(shape: Shape, split: _Split, tile_n: int, num_sms: int) -> float:
-    """Returns about how long a linear takes, in steps of K of 128 weight rows."""
-    num_k, wide = -(-shape.k // TILE_K), split.tile_w // 128
-    rows = split.tile_w * split.cluster_w
-    num_tiles = -(-shape.n // rows) * -(-shape.tokens // tile_n)
+def _time_us(shape: Shape, split: _Split, num_sms: int) -> float:
+    """Returns about how long a linear takes."""
+    num_k = -(-shape.k // TILE_K)
+    num_tiles = -(-shape.n // (split.tile_w * split.cluster_w)) * -(-shape.tokens // split.tile_n)
     if split.even:
         num_shares = min(num_sms, max(num_tiles * num_k // MIN_STEPS, 1))
-        return num_tiles * num_k / num_shares * split.step + split.fixed
-    # SMs of a part of the GPU that are no whole cluster have nothing to do: with clusters of 4 and more about 4 of 132.
+        exchange_us = split.round_us + max(num_shares / num_tiles, 1.0) * split.share_us
+        return num_tiles * num_k / num_shares * split.step_us + exchange_us
+    # SMs of a part of the GPU that are no whole cluster have nothing to do: so few clusters of 4 and 8 ran at a time.
     cluster = split.cluster_w * split.cluster_k
-    clusters = num_sms // cluster if cluster <= 2 else (num_sms - 4) // cluster
+    clusters = num_sms // cluster if cluster <= 2 else (num_sms - 12) // cluster
     rounds = -(-num_tiles // clusters)
-    return rounds * (-(-num_k // split.cluster_k) * wide * split.step + split.fixed) + (rounds - 1) * split.again
+    return rounds * (-(-num_k // split.cluster_k) * split.step_us + split.round_us) + split.fixed_us
 
 
-def _linear_config(epilogue: str, tile_n: int, split: _Split, arch: str) -> Config:
+def _has_even_shares(shape: Shape, num_sms: int) -> bool:
+    """Whether a last round of tiles would leave so many SMs idle that even shares are faster; of several groups."""
+    # Source: as above, experts at 1 to 32 tokens.
+    step_us, slower, exchange_us = 0.6, 1.06, 8.0
+    num_groups = shape.num_groups if shape.num_hit is None else shape.num_hit
+    num_tiles, tile_us = num_groups * -(-shape.n // 256), -(-shape.k // TILE_K) * step_us
+    rounds = -(-num_tiles // num_sms)
+    return rounds * tile_us > slower * num_tiles / num_sms * tile_us + exchange_us
+
+
+def _consumers(tile_w: int, tile_n: int) -> int:
+    """With few tokens, sums are few, and more warps hide latency better."""
+    return MAX_CONSUMERS if tile_w == 256 and tile_n <= MAX_MANY_CONSUMERS_TILE_N else 2
+
+
+def _linear_config(epilogue: str, split: _Split, arch: str) -> Config:
     return largest_config(
-        epilogue, split.tile_w, tile_n, cluster_w=split.cluster_w, even=split.even, cluster_k=split.cluster_k,
-        one_group=True, arch=arch,
+        epilogue, split.tile_w, split.tile_n, _consumers(split.tile_w, split.tile_n), cluster_w=split.cluster_w,
+        even=split.even, cluster_k=split.cluster_k, one_group=True, arch=arch,
     )  # fmt: skip
 
 
@@ -403,23 +480,29 @@ def _round_tile(tokens: int) -> int:
     return 8 if tokens <= 8 else -(-tokens // 16) * 16
 
 
-def _grouped_config(epilogue: str, tile_n: int, arch: str) -> Config:
-    """For several groups: weights are most of the work, so that tiles are wide; few tokens want even shares."""
-    # Above, sums leave no registers for two halves of a stage, and tokens are worth sharing.
-    large = tile_n > LARGE_TILE_N
-    return largest_config(
-        epilogue, 256, tile_n, overlap=not large, cluster_w=2 if large else 1, even=tile_n == 8, arch=arch
-    )
+def _grouped_tile(tokens: int) -> int:
+    """The tile for groups of which the largest has so many tokens."""
+    if tokens <= MAX_GROUPED_TILE_N:
+        return _round_tile(tokens)
+    # As many tiles as most groups need, see workspace.large_group; each holds its part of the largest one.
+    num_tiles = -(-(tokens - 2 * math.isqrt(tokens)) // MAX_GROUPED_TILE_N)
+    return min(_round_tile(-(-tokens // num_tiles)), MAX_GROUPED_TILE_N)
+
+
+def _grouped_config(epilogue: str, tile_n: int, even: bool, arch: str) -> Config:
+    """For several groups: weights are most of the work, so that tiles are wide."""
+    # Many tokens are worth sharing.
+    cluster_w = 2 if tile_n > LARGE_TILE_N else 1
+    even = even and tile_n == 8
+    return largest_config(epilogue, 256, tile_n, _consumers(256, tile_n), cluster_w=cluster_w, even=even, arch=arch)
 
 
 def largest_config(
-    epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, overlap: bool = True, cluster_w: int = 1,
-    even: bool = False, cluster_k: int = 1, one_group: bool = False, arch: str = "sm_90a",
+    epilogue: str, tile_w: int, tile_n: int, num_consumers: int = 2, cluster_w: int = 1, even: bool = False,
+    cluster_k: int = 1, one_group: bool = False, arch: str = "sm_90a",
 ) -> Config:  # fmt: skip
     """The configuration of that tile with as many stages as fit the architecture."""
-    without_stages = Config(
-        epilogue, tile_w, tile_n, 0, num_consumers, overlap, cluster_w, even, cluster_k, one_group, arch
-    )
+    without_stages = Config(epilogue, tile_w, tile_n, 0, num_consumers, cluster_w, even, cluster_k, one_group, arch)
     num_stages = (ARCHS[arch].smem_bytes - without_stages.fixed_bytes) // without_stages.stage_bytes
     return replace(without_stages, num_stages=num_stages).validate()
 
@@ -472,11 +555,12 @@ class _Tiles(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """An expert's weight rows tile_w * w_tile ... by its tokens first_token ... first_token + tile_n - 1."""
+    """An expert's weight rows tile_w * w_tile ... by num_tokens of its tokens from first_token on."""
 
     expert: Any
     w_tile: Any
     first_token: Any
+    num_tokens: Any
 
 
 class _Place(NamedTuple):
@@ -570,13 +654,16 @@ class GroupedGemmSm90:
         """
         config = self.config
         num_rows = mX.shape[0]
-        tiled_mma = self._tiled_mma()
-        x_stage = cute.slice_(self._x_smem_layout(), (None, None, 0))
+        # A box of one unit of tokens in a stage.
+        x_stage = self._x_smem_layout()
+        x_stage = cute.make_composed_layout(
+            x_stage.inner, 0, cute.slice_(self._x_units(x_stage.outer), (None, None, 0, 0))
+        )
         load = cpasync.CopyBulkTensorTileG2SOp()
         if cutlass.const_expr(config.cluster_w > 1):
             load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         tma_x, mX = cpasync.make_tiled_tma_atom(
-            load, mX, x_stage, (config.tile_n, TILE_K), num_multicast=config.cluster_w
+            load, mX, x_stage, (config.load_tokens, TILE_K), num_multicast=config.cluster_w
         )
         # As many as there could be: only the device knows how many there are.
         num_tiles = (num_rows + mW_bytes.shape[0] * (config.tile_n - 1)) // config.tile_n
@@ -591,7 +678,7 @@ class GroupedGemmSm90:
             mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
-        self.kernel(tiled_mma, tma_x, mX, weights, out, self._exchange(mSums, mFlag), constant_rows).launch(
+        self.kernel(tma_x, mX, weights, out, self._exchange(mSums, mFlag), constant_rows).launch(
             grid=(clusters * config.cluster, 1, 1),
             block=(config.consumer_threads + WARPGROUP, 1, 1),
             cluster=(config.cluster, 1, 1),
@@ -604,7 +691,6 @@ class GroupedGemmSm90:
     @cute.kernel
     def kernel(
         self,
-        tiled_mma: cute.TiledMma,
         tma_x: Any,
         mX: cute.Tensor,
         weights: Any,
@@ -645,13 +731,13 @@ class GroupedGemmSm90:
             if warp == config.load_warp:
                 num_early = cutlass.Int32(0)
                 if constant_rows != 0:
-                    num_early = self._load_early(weights, smem, tiles)
+                    num_early = self._load_early(weights, out, smem, tiles)
                 hopper.wait_for_prerequisites()
-                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles, num_early)
+                self._load(tma_x, mX, weights, out, smem, tiles, num_early)
         else:
             hopper.wait_for_prerequisites()
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[config.num_consumers])
-            self._consume(tiled_mma, smem, tiles, out, exchange)
+            self._consume(smem, tiles, out, exchange)
         # Others may still write to a CTA's shared memory, or read it.
         if cutlass.const_expr(config.cluster_w > 1):
             self._sync()
@@ -666,16 +752,25 @@ class GroupedGemmSm90:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _load_early(self, weights: Any, smem: _Smem, tiles: _Tiles) -> Any:
+    def _load_early(self, weights: Any, out: _Out, smem: _Smem, tiles: _Tiles) -> Any:
         """Load warp: begins to load weights of the first stages, while earlier kernels run; returns how many."""
         num_early = cutlass.Int32(0)
         if tiles.first < tiles.end:
-            at = self._find(tiles, tiles.first)
+            at = self._find(tiles, tiles.first, out.mCount)
             first_k, end_k = self._steps(tiles, tiles.first)
             num_early = cutlass.min(end_k - first_k, self.config.num_stages)
             for step in cutlass.range(num_early, unroll=1):
                 self._load_weights(weights, at, first_k + step, smem, step)
         return num_early
+
+    @cute.jit
+    def _num_units(self, at: _Tile) -> Any:
+        """Returns how many units of tokens are loaded for a tile: of one with few tokens not all."""
+        config = self.config
+        num_units = cutlass.Int32(config.tile_n // config.load_tokens)
+        if cutlass.const_expr(len(config.widths) > 1):
+            num_units = cute.ceil_div(cutlass.max(at.num_tokens, config.widths[0]), config.load_tokens)
+        return num_units
 
     @cute.jit
     def _load_weights(self, weights: Any, at: _Tile, k_tile: Any, smem: _Smem, index: Any) -> None:
@@ -686,7 +781,9 @@ class GroupedGemmSm90:
         bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), cutlass.Int32)
         full = smem.full + index
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(
+                full, config.weight_bytes + self._num_units(at) * (2 * config.load_tokens * TILE_K)
+            )
             for block in cutlass.range_constexpr(config.blocks):
                 # A tile behind the last block loads that again; nobody stores what comes of it.
                 row_block = cutlass.min(at.w_tile * config.blocks + block, num_row_blocks - 1)
@@ -699,7 +796,7 @@ class GroupedGemmSm90:
         tma_x: Any,
         mX: cute.Tensor,
         weights: Any,
-        mPaddedOffset: cute.Tensor,
+        out: _Out,
         smem: _Smem,
         tiles: _Tiles,
         num_early: Any,
@@ -709,18 +806,19 @@ class GroupedGemmSm90:
         everybody = cutlass.Int16((1 << config.cluster_w) - 1)
         index, phase = cutlass.Int32(0), cutlass.Int32(1)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
-            at = self._find(tiles, tile)
+            at = self._find(tiles, tile, out.mCount)
             row = at.first_token
             if cutlass.const_expr(not config.one_group):
-                row += mPaddedOffset[at.expert]
-            # (tile_n, TILE_K, k tiles)
-            gX = cute.local_tile(cute.domain_offset((row, 0), mX), (config.tile_n, TILE_K), (0, None))
+                row += out.mPaddedOffset[at.expert]
+            # (tokens of a unit, TILE_K, units, k tiles)
+            gX = cute.local_tile(cute.domain_offset((row, 0), mX), (config.load_tokens, TILE_K), (None, None))
+            num_units = self._num_units(at)
             # Of a cluster that shares tokens, each CTA loads its part for all.
             tXsX, tXgX = cpasync.tma_partition(
                 tma_x,
                 tiles.rank,
                 cute.make_layout(config.cluster_w),
-                cute.group_modes(smem.sX, 0, 2),
+                cute.group_modes(cute.make_tensor(smem.sX.iterator, self._x_units(smem.sX.layout)), 0, 2),
                 cute.group_modes(gX, 0, 2),
             )
             first_k, end_k = self._steps(tiles, tile)
@@ -731,62 +829,31 @@ class GroupedGemmSm90:
                 else:
                     self._load_weights(weights, at, k_tile, smem, index)
                 full = smem.full + index
-                cute.copy(tma_x, tXgX[None, k_tile], tXsX[None, index], tma_bar_ptr=full, mcast_mask=everybody)
+                for unit in cutlass.range(num_units, unroll=1):
+                    cute.copy(
+                        tma_x, tXgX[None, unit, k_tile], tXsX[None, unit, index], tma_bar_ptr=full, mcast_mask=everybody
+                    )
                 index += 1
                 if index == config.num_stages:
                     index = cutlass.Int32(0)
                     phase = phase ^ 1
 
     @cute.jit
-    def _consume(self, tiled_mma: cute.TiledMma, smem: _Smem, tiles: _Tiles, out: _Out, exchange: _Exchange) -> None:
-        """Warpgroups: each decodes its blocks of rows, multiplies them with all tokens of the tile, and stores."""
+    def _consume(self, smem: _Smem, tiles: _Tiles, out: _Out, exchange: _Exchange) -> None:
+        """Warpgroups: each decodes its blocks of rows, multiplies them with the tokens of the tile, and stores."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
         group, thread = cute.arch.make_warp_uniform(thread // WARPGROUP), thread % WARPGROUP
-        rows = config.blocks_of_warpgroup * BLOCK_ROWS
-        tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(0).partition_B(smem.sX))
-        acc = cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, config.tile_n)), cutlass.Float32)
-        shape_a = tiled_mma.partition_shape_A((rows, LOAD_K))
-        # One for each half of a stage, so that one may be written while tensor cores read the other.
-        tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2 if config.overlap else 1)]
-        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        in_flight = 1 if config.overlap else 0
-        scale_bits = hopper.in_register(hopper.SCALE_BITS)
-        index, phase = cutlass.Int32(0), cutlass.Int32(0)
+        # (column pair, row g or g + 8, 8 tokens, blocks)
+        sums = cute.make_rmem_tensor((2, 2, config.tile_n // 8, config.blocks_of_warpgroup), cutlass.Float32)
+        stage = (cutlass.Int32(0), cutlass.Int32(0))
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
-            place = self._place(self._find(tiles, tile), tiles, group, thread, out)
-            acc.fill(0.0)
-            last = cutlass.Int32(-1)
+            at = self._find(tiles, tile, out.mCount)
+            place = self._place(at, tiles, group, thread, out)
+            num_tokens = cute.arch.make_warp_uniform(at.num_tokens)
+            sums.fill(0.0)
             first_k, end_k = self._steps(tiles, tile)
-            for _ in cutlass.range(first_k, end_k, unroll=1):
-                cute.arch.mbarrier_wait(smem.full + index, phase)
-                rW, rSF = self._fetch(smem, index, group, thread)
-                for half in cutlass.range_constexpr(TILE_K // LOAD_K):
-                    tCrA_half = tCrA[half % len(tCrA)]
-                    self._decode(rW, rSF, scale_bits, half, tCrA_half)
-                    warpgroup.fence()
-                    k_blocks = LOAD_K // MMA_K
-                    for i in cutlass.range_constexpr(k_blocks):
-                        tCrB_i = tCrB[None, None, half * k_blocks + i, index]
-                        cute.gemm(tiled_mma, acc, tCrA_half[None, None, i], tCrB_i, acc)
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(in_flight)
-                    if cutlass.const_expr(config.overlap and half == 0):
-                        # What was in flight were the last MMAs of the stage before.
-                        self._release(smem, last)
-                last = index
-                if cutlass.const_expr(not config.overlap):
-                    self._release(smem, last)
-                index += 1
-                if index == config.num_stages:
-                    index = cutlass.Int32(0)
-                    phase = phase ^ 1
-            if cutlass.const_expr(config.overlap):
-                warpgroup.wait_group(0)
-                self._release(smem, last)
-            # (column pair, row g or g + 8, 8 tokens, blocks)
-            sums = cute.make_layout((2, 2, config.tile_n // 8, config.blocks_of_warpgroup))
-            sums = cute.make_tensor(acc.iterator, sums)
+            stage = self._multiply(num_tokens, sums, smem, stage, end_k - first_k, group, thread)
             if cutlass.const_expr(config.even):
                 if first_k > 0:
                     mine = exchange.mSums[None, thread, None, group, tiles.share]
@@ -804,8 +871,91 @@ class GroupedGemmSm90:
                     self._store(sums, smem, place, group, thread, out)
             else:
                 if cutlass.const_expr(config.cluster_k > 1):
-                    sums = self._add_in_cluster(sums, smem, tiles.rank_k, group * WARPGROUP + thread)
-                self._store(sums, smem, place, group, thread, out)
+                    of_cluster = self._add_in_cluster(sums, smem, tiles.rank_k, group * WARPGROUP + thread)
+                    self._store(of_cluster, smem, place, group, thread, out)
+                else:
+                    self._store(sums, smem, place, group, thread, out)
+
+    @cute.jit
+    def _multiply(
+        self, num_tokens: Any, sums: cute.Tensor, smem: _Smem, stage: Any, num_steps: Any, group: Any, thread: Any
+    ) -> Any:
+        """Warpgroup: adds so many steps' products with a tile's tokens to the sums.
+
+        Args:
+            num_tokens: of the tile; all threads have the same.
+            sums: (2, 2, tile_n / 8, blocks).
+            smem: see _Smem.
+            stage: of the first step, and its barrier's phase.
+            num_steps: of K, at least 1.
+            group, thread: who this is.
+
+        Returns:
+            What stage is for the next tile.
+        """
+        config = self.config
+        rows, lot_steps = config.blocks_of_warpgroup * BLOCK_ROWS, config.lot_steps
+        shape_a = self._tiled_mma(config.tile_n).partition_shape_A((rows, lot_steps * MMA_K))
+        # Two, so that one may be written while tensor cores read the other.
+        tCrA = [cute.make_rmem_tensor(shape_a, cutlass.BFloat16) for _ in range(2)]
+        scale_bits = hopper.in_register(hopper.SCALE_BITS)
+        index, phase = stage
+        last = cutlass.Int32(-1)
+        for _ in cutlass.range(num_steps, unroll=1):
+            cute.arch.mbarrier_wait(smem.full + index, phase)
+            # A loop, as ptxas lets MMAs overlap only where at most one lot of them is in a basic block: see _release.
+            for first in cutlass.range(0, TILE_K // MMA_K, 2 * lot_steps, unroll=1):
+                for lot in cutlass.range_constexpr(2):
+                    step, word = first + lot * lot_steps, lot * lot_steps % STEPS_OF_LOAD
+                    self._decode(smem, index, step // STEPS_OF_LOAD, word, group, thread, scale_bits, tCrA[lot])
+                    self._mma(config.widths, num_tokens, sums, smem, index, step, tCrA[lot])
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(lot == 0):
+                        # What was in flight were, at the first lot, the last MMAs of the stage before.
+                        self._release(smem, last)
+                        last = cutlass.Int32(-1)
+            last = index
+            index += 1
+            if index == config.num_stages:
+                index = cutlass.Int32(0)
+                phase = phase ^ 1
+        warpgroup.wait_group(0)
+        self._release(smem, last)
+        return index, phase
+
+    @cute.jit
+    def _mma(
+        self, widths: tuple[int, ...], num_tokens: Any, sums: cute.Tensor, smem: _Smem, index: Any, step: Any,
+        tCrA: cute.Tensor,
+    ) -> None:  # fmt: skip
+        """Warpgroup: begins the MMAs of a lot with the first of the widths that so many tokens fit."""
+        if cutlass.const_expr(len(widths) == 1):
+            self._mma_of_width(widths[0], sums, smem, index, step, tCrA)
+        else:
+            middle = len(widths) // 2
+            if num_tokens <= widths[middle - 1]:
+                self._mma(widths[:middle], num_tokens, sums, smem, index, step, tCrA)
+            else:
+                self._mma(widths[middle:], num_tokens, sums, smem, index, step, tCrA)
+
+    @cute.jit
+    def _mma_of_width(
+        self, width: int, sums: cute.Tensor, smem: _Smem, index: Any, step: Any, tCrA: cute.Tensor
+    ) -> None:
+        """Warpgroup: begins the MMAs of a lot, steps of MMA_K from a stage's step on, with its first width tokens."""
+        config = self.config
+        tiled_mma = self._tiled_mma(width)
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        # Of each 8 tokens, and of each block of sums, the first ones.
+        x = smem.sX.layout
+        x = cute.make_tensor(smem.sX.iterator, cute.make_layout(((8, width // 8), *x.shape[1:]), stride=x.stride))
+        tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(0).partition_B(x))
+        shape = ((2, 2, width // 8), config.blocks_of_warpgroup, 1)
+        acc = cute.make_tensor(sums.iterator, cute.make_layout(shape, stride=((1, 2, 4), config.tile_n // 2, 0)))
+        warpgroup.fence()
+        for i in cutlass.range_constexpr(config.lot_steps):
+            cute.gemm(tiled_mma, acc, tCrA[None, None, i], tCrB[None, None, step + i, index], acc)
+        warpgroup.commit_group()
 
     @cute.jit
     def _release(self, smem: _Smem, index: Any) -> None:
@@ -830,13 +980,10 @@ class GroupedGemmSm90:
         ]
         # Of a tile that several share, from this CTA's first token on; there may be none.
         first = tiles.rank_k * config.store_n
-        row, count = at.first_token + first, tiles.num_rows
+        row = at.first_token + first
         if cutlass.const_expr(not config.one_group):
             row += out.mPaddedOffset[at.expert] - at.expert * out.group_rows
-            count = out.mCount[at.expert]
-        num_tokens = cutlass.min(count - at.first_token, config.tile_n)
-        num_tokens = cutlass.min(num_tokens - first, config.store_n)
-        return _Place(at.expert, block, num_tokens, row, alphas)
+        return _Place(at.expert, block, cutlass.min(at.num_tokens - first, config.store_n), row, alphas)
 
     @cute.jit
     def _leave(self, sums: cute.Tensor, mSums: cute.Tensor) -> None:
@@ -938,36 +1085,42 @@ class GroupedGemmSm90:
         return cute.make_tensor(rSums.iterator, cute.make_layout((2, 2, of_slice, config.blocks_of_warpgroup)))
 
     @cute.jit
-    def _fetch(self, smem: _Smem, index: Any, group: Any, thread: Any) -> tuple[cute.Tensor, cute.Tensor]:
-        """Loads a thread's share of a stage: words of codes (4, half, block), and of scales (half, row g or g + 8, block)."""
-        config = self.config
-        halves = TILE_K // LOAD_K
-        rW = cute.make_rmem_tensor((4, halves, config.blocks_of_warpgroup), cutlass.Int32)
-        rSF = cute.make_rmem_tensor((halves, 2, config.blocks_of_warpgroup), cutlass.Int32)
-        for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-            block = group * config.blocks_of_warpgroup + b
-            # (4 words, thread, half)
-            sW = cute.make_tensor(smem.sW[None, block, index].iterator, cute.make_layout((4, WARPGROUP, halves)))
-            # (half, row g or g + 8, g of all warps)
-            sSF = cute.make_tensor(
-                smem.sSFW[None, block, index].iterator, cute.make_layout((halves, 2, WARPGROUP // 4))
-            )
-            for half in cutlass.range_constexpr(halves):
-                cute.autovec_copy(sW[None, thread, half], rW[None, half, b])
-            cute.autovec_copy(sSF[None, None, thread // 4], rSF[None, None, b])
-        return rW, rSF
-
-    @cute.jit
-    def _decode(self, rW: cute.Tensor, rSF: cute.Tensor, scale_bits: Any, half: int, tCrA: cute.Tensor) -> None:
-        """Writes a warpgroup's weights of 64 columns of a stage, times their block scales, to the fragment."""
+    def _decode(
+        self,
+        smem: _Smem,
+        index: Any,
+        half: Any,
+        first: int,
+        group: Any,
+        thread: Any,
+        scale_bits: Any,
+        tCrA: cute.Tensor,
+    ) -> None:
+        """Writes a warpgroup's weights of a lot, from a first step of half a stage on, times their block scales."""
         config = self.config
         # ((1, 2, 2), blocks, k blocks): pairs of neighbouring columns
         rA = cute.recast_tensor(tCrA, cutlass.Int32)
+        steps = config.lot_steps
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+            block = group * config.blocks_of_warpgroup + b
+            rW = cute.make_rmem_tensor(steps, cutlass.Int32)
+            # (words, words / steps, thread, half)
+            sW = cute.make_tensor(
+                smem.sW[None, block, index].iterator,
+                cute.make_layout((steps, STEPS_OF_LOAD // steps, WARPGROUP, TILE_K // LOAD_K)),
+            )
+            cute.autovec_copy(sW[None, first // steps, thread, half], rW)
+            # (4 scales along k, half, row g or g + 8, g of all warps)
+            rSF = cute.make_rmem_tensor((1, 2), cutlass.Int32)
+            sSF = cute.make_tensor(
+                smem.sSFW[None, block, index].iterator, cute.make_layout((1, TILE_K // LOAD_K, 2, WARPGROUP // 4))
+            )
+            for h in cutlass.range_constexpr(2):
+                rSF[0, h] = sSF[0, half, h, thread // 4]
             # Of rows g and g + 8: BF16 numbers of steps 0 and 2, and of 1 and 3.
-            scales = [hopper.scale_pairs(rSF[half, h, b], scale_bits) for h in range(2)]
-            for i in cutlass.range_constexpr(LOAD_K // MMA_K):
-                word = rW[i, half, b]
+            scales = [hopper.scale_pairs(rSF[0, h], scale_bits) for h in range(2)]
+            for i in cutlass.range_constexpr(steps):
+                word, step = rW[i], first + i
                 pairs = (
                     (word << 6) & _CODE_MASK,
                     (word << 2) & _CODE_MASK,
@@ -975,8 +1128,8 @@ class GroupedGemmSm90:
                     (word & _UPPER_MASK) | ((word >> 8) & _LOWEST_MASK),
                 )
                 for p in cutlass.range_constexpr(4):
-                    scale = scales[p % 2][i % 2]
-                    rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, i // 2)
+                    scale = scales[p % 2][step % 2]
+                    rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, step // 2)
 
     @cute.jit
     def _store(self, sums: cute.Tensor, smem: _Smem, place: _Place, group: Any, thread: Any, out: _Out) -> None:
@@ -1072,7 +1225,7 @@ class GroupedGemmSm90:
         return alpha * DECODED_SCALE
 
     @cute.jit
-    def _find(self, tiles: _Tiles, tile: Any) -> _Tile:
+    def _find(self, tiles: _Tiles, tile: Any, mCount: Any) -> _Tile:
         """Returns where a tile is: its expert is the last one with no more than that many tiles before it."""
         expert, before = cutlass.Int32(0), cutlass.Int32(0)
         if cutlass.const_expr(self.config.one_group):
@@ -1085,7 +1238,13 @@ class GroupedGemmSm90:
             num_token_tiles = tiles.sTile[expert + 1] - before
         in_expert = tile - before * tiles.num_w
         w_tile = in_expert // num_token_tiles * self.config.cluster_w + tiles.rank
-        return _Tile(expert, w_tile, in_expert % num_token_tiles * self.config.tile_n)
+        tile_tokens, count = cutlass.Int32(self.config.tile_n), tiles.num_rows
+        if cutlass.const_expr(not self.config.one_group):
+            count = mCount[expert]
+        if cutlass.const_expr(len(self.config.widths) > 1):
+            tile_tokens = cute.ceil_div(cute.ceil_div(count, num_token_tiles), WIDTH_STEP) * WIDTH_STEP
+        first_token = in_expert % num_token_tiles * tile_tokens
+        return _Tile(expert, w_tile, first_token, cutlass.min(count - first_token, tile_tokens))
 
     @cute.jit
     def _tiles(self, mW: cute.Tensor, n: Any, sTile: Any, num_rows: Any) -> _Tiles:
@@ -1166,11 +1325,11 @@ class GroupedGemmSm90:
         pointer = cute.recast_ptr(prepared.iterator, dtype=cutlass.Int32)
         return cute.make_tensor(pointer, cute.make_layout((words, num_k, num_n, num_experts), stride=stride))
 
-    def _tiled_mma(self) -> cute.TiledMma:
+    def _tiled_mma(self, width: int) -> cute.TiledMma:
         op = warpgroup.MmaF16BF16Op(
             cutlass.BFloat16,
             cutlass.Float32,
-            (BLOCK_ROWS, self.config.tile_n, MMA_K),
+            (BLOCK_ROWS, width, MMA_K),
             warpgroup.OperandSource.RMEM,
             OperandMajorMode.K,
             OperandMajorMode.K,
@@ -1182,6 +1341,15 @@ class GroupedGemmSm90:
         config = self.config
         return hopper_helpers.make_smem_layout_b(
             tensor_utils.LayoutEnum.ROW_MAJOR, (BLOCK_ROWS, config.tile_n, TILE_K), cutlass.BFloat16, config.num_stages
+        )
+
+    def _x_units(self, layout: Any) -> Any:
+        """Returns (tokens of a unit, TILE_K, units, stage) of (tile_n, TILE_K, stage)."""
+        tokens = self.config.load_tokens
+        (_, columns, (_, stages)), ((row, octet), column_stride, (_, stage)) = layout.shape, layout.stride
+        return cute.make_layout(
+            ((8, tokens // 8), columns, self.config.tile_n // tokens, stages),
+            stride=((row, octet), column_stride, tokens * row, stage),
         )
 
     def _allocate_smem(self) -> _Smem:
@@ -1231,6 +1399,7 @@ def grouped_gemm(
     d_group_rows: int = 0,
     d_group_columns: int = 0,
     constant_rows: bool = False,
+    num_hit: int | None = None,
     max_active_clusters: int | None = None,
 ) -> None:
     """For each expert e and its rows r: mD[r] = finish(alpha[e] * mX[r] (e2m1(mW[e]) * mSFW[e])^T).
@@ -1255,6 +1424,7 @@ def grouped_gemm(
         d_group_rows, d_group_columns: see mD.
         constant_rows: count and padded_offset are as constant as the weights, which had been written when the launch before
             this one began, or the stream was synchronised: weights are then loaded while earlier kernels still run.
+        num_hit: experts with tokens, a guess, which chooses the kernel too; None: all.
         max_active_clusters: the most clusters to launch; None: one for each SM, or pair of SMs. Where clusters share tiles,
             there is one for each tile in any case.
 
@@ -1279,7 +1449,7 @@ def grouped_gemm(
         return
     # One expert with a count is as several.
     num_groups = 1 if count is None else max(mW.shape[0], 2)
-    config = choose_config(Shape(max(tokens, 1), rows, mX.shape[1], num_groups), epilogue)
+    config = choose_config(Shape(max(tokens, 1), rows, mX.shape[1], num_groups, num_hit), epilogue)
     if max_active_clusters is None:
         max_active_clusters = hopper.num_sms(mX.device) // config.cluster_w
     partial = flags = None

@@ -38,7 +38,7 @@ from cutedsl.prepare_sm90 import Operand
 from cutedsl.reference.linear import PackedMatrix
 from cutedsl.runners import BF16 as BF16_ACTIVATIONS
 from cutedsl.runners import check_alignment, check_gpu, check_one_scale
-from cutedsl.runners.workspace import Groups, Workspace, equal_groups, large_group, workspace
+from cutedsl.runners.workspace import Groups, Workspace, equal_groups, expected_hit, large_group, workspace
 
 # In messages.
 _BACKEND = "sm90"
@@ -225,8 +225,9 @@ class MoeChain:
         topk_weights, topk_ids = compact("weights", topk_weights), compact("ids", topk_ids)
         route = self._route(topk_ids)
         rows = len(route.tile_expert) * TILE_ROWS
-        tokens = large_group(len(topk_ids), topk_ids.shape[1], self.num_global_experts)
-        groups = Groups(route.tile_expert, route.padded_offset, route.count, tokens)
+        tokens = large_group(*topk_ids.shape, self.num_global_experts)
+        num_hit = expected_hit(*topk_ids.shape, self.num_global_experts, self.num_experts)
+        groups = Groups(route.tile_expert, route.padded_offset, route.count, tokens, num_hit=num_hit)
         a = take("rows", torch.bfloat16, rows, self.hidden)
         h = take("h", torch.bfloat16, rows, self.intermediate)
         self._gather(x, route, a)
@@ -363,15 +364,13 @@ def _launch(
 ) -> None:
     # Zeros from the start, and after each launch again.
     sums = buffers.take("sums", torch.int32, grouped_gemm_sm90.sums_elements(a.device))
-    count, padded_offset, tokens, constant = None, None, len(a), True
+    rows: dict[str, Any] = {"count": None, "padded_offset": None, "tokens": len(a)}
     if groups is not None:
-        count, padded_offset, tokens, constant = (
-            groups.count, groups.padded_offset, groups.tokens, groups.constant,
-        )  # fmt: skip
+        rows = {"count": groups.count, "padded_offset": groups.padded_offset, "tokens": groups.tokens}
+        rows |= {"constant_rows": groups.constant, "num_hit": groups.num_hit}
     grouped_gemm_sm90.grouped_gemm(
-        a, operand.weight, operand.weight_scale, operand.alpha, count, padded_offset, out,
-        tokens=tokens, sums=sums, constant_rows=constant, **more,
-    )  # fmt: skip
+        a, operand.weight, operand.weight_scale, operand.alpha, mD=out, sums=sums, **rows, **more
+    )
 
 
 def _operand(buffers: Workspace, x: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:

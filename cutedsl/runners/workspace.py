@@ -96,6 +96,7 @@ class Groups:
         count: (G,) int32.
         tokens: of the largest group, as far as the host can tell.
         constant: no kernel writes them.
+        num_hit: groups that have tokens, as far as the host can tell; None: all.
     """
 
     tile_expert: torch.Tensor
@@ -103,6 +104,7 @@ class Groups:
     count: torch.Tensor
     tokens: int
     constant: bool = False
+    num_hit: int | None = None
 
 
 def guess_tokens(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -129,6 +131,18 @@ def large_group(num_tokens: int, top_k: int, num_experts: int) -> int:
     """
     mean = -(-num_tokens * top_k // num_experts)
     return min(num_tokens, mean + 2 * math.isqrt(mean))
+
+
+def expected_hit(num_tokens: int, top_k: int, num_experts: int, num_local: int) -> int:
+    """Experts of a rank that have tokens, where experts are chosen evenly: the mean of their number, at least 1.
+
+    Args:
+        num_tokens: T, at least 1.
+        top_k: choices of a token.
+        num_experts: of all ranks.
+        num_local: of this rank.
+    """
+    return max(1, round(num_local * (1 - (1 - min(top_k / num_experts, 1.0)) ** num_tokens)))
 
 
 class EqualGroups:

@@ -213,7 +213,7 @@ class _Kernels(abc.ABC):
         yield self.inverse_rope(f"tokens {tokens}, groups {groups}, k {k}", moved)
         shape = f"{groups} groups of {tokens} tokens, n {n}, k {k}"
         moved = groups * (tokens * k * self.operand_bytes + n * k * _NVFP4_BYTES + tokens * n * _BF16_BYTES)
-        sizes = (tokens, groups * -(-tokens // 128) * 128, n, k, groups)
+        sizes = (tokens, groups * -(-tokens // 128) * 128, n, k, groups, groups)
         flop = 2 * groups * tokens * n * k
         yield self.grouped("wo_a (if NVFP4)", self.rank.num_layers, shape, "bf16", sizes, moved, flop)
 
@@ -225,18 +225,20 @@ class _Kernels(abc.ABC):
         return self.operator("route", routed.layers, kernel, shape, config, moved, 0)
 
     def _experts(self, experts: "Experts", tokens: int) -> Iterator[Operator]:
-        from cutedsl.deployment import group_tokens, padded_rows
+        from cutedsl.deployment import padded_rows
+        from cutedsl.runners.workspace import expected_hit
 
         hidden, columns, count = self.rank.model.hidden_size, experts.intermediate, experts.num_experts
         # Choices that fall on this rank, and experts that at least one of them falls on, both on average.
         rows = math.ceil(tokens * experts.top_k * experts.share)
         used = count * (1 - (1 - experts.top_k / experts.total) ** tokens)
         yield from self.quantize(experts.name, experts.layers, rows, hidden, tokens if count > 1 else None)
-        guess, padded = group_tokens(experts, tokens), padded_rows(tokens, experts.top_k, count)
+        guess, padded = self.guess(experts, tokens), padded_rows(tokens, experts.top_k, count)
+        num_hit = expected_hit(tokens, experts.top_k, experts.total, count)
         n = 2 * columns
         shape = f"rows {rows}, experts {used:.0f} of {count}, n {n}, k {hidden}"
         moved = rows * (hidden + columns) * self.operand_bytes + used * n * hidden * _NVFP4_BYTES
-        sizes = (guess, padded, n, hidden, count)
+        sizes = (guess, padded, n, hidden, count, num_hit)
         flop = 2 * rows * n * hidden
         yield self.grouped(f"{experts.name}: gate, up", experts.layers, shape, "swiglu", sizes, moved, flop)
         if count == 1:
@@ -244,7 +246,7 @@ class _Kernels(abc.ABC):
             return
         shape = f"rows {rows}, experts {used:.0f} of {count}, n {hidden}, k {columns}"
         moved = rows * (columns * self.operand_bytes + hidden * _BF16_BYTES) + used * hidden * columns * _NVFP4_BYTES
-        sizes = (guess, padded, hidden, columns, count)
+        sizes = (guess, padded, hidden, columns, count, num_hit)
         flop = 2 * rows * hidden * columns
         yield self.grouped(f"{experts.name}: down", experts.layers, shape, "bf16", sizes, moved, flop)
 
@@ -328,7 +330,7 @@ class _Blackwell(_Kernels):
         shape, (moved, flop) = f"m {m}, n {n}, k {k}", self.linear_cost(m, n, k)
         if m <= SWAP_TOKENS:
             # One group, whose rows are all tokens.
-            return self.grouped(name, layers, shape, "bf16", (m, m, n, k, 1), moved, flop)
+            return self.grouped(name, layers, shape, "bf16", (m, m, n, k, 1, 1), moved, flop)
         config = kernel.choose_config(kernel.Shape(m, n, k))
         tile = f"{kernel.TILE_M}x{config.tile_n}x{kernel.TILE_K}"
         return self.operator(name, layers, kernel, shape, config, moved, flop, tile=tile)
@@ -340,7 +342,7 @@ class _Blackwell(_Kernels):
         from cutedsl.kernels import grouped_gemm_sm100, grouped_gemm_swap_sm100
         from cutedsl.runners.sm100 import SWAP_TOKENS
 
-        tokens, rows, n, k, groups = sizes
+        tokens, rows, n, k, groups, _ = sizes
         epilogue = "swiglu_nvfp4" if epilogue == "swiglu" else epilogue
         kernel: Any
         if tokens <= SWAP_TOKENS:
@@ -352,6 +354,11 @@ class _Blackwell(_Kernels):
         config = kernel.choose_config(kernel.Shape(rows, n, k, groups), epilogue)
         tile = f"{kernel.TILE_M}x{config.tile_n}x{kernel.TILE_K}"
         return self.operator(name, layers, kernel, shape, config, moved, flop, tile=tile)
+
+    def guess(self, experts: "Experts", tokens: int) -> int:
+        from cutedsl.deployment import group_tokens
+
+        return group_tokens(experts, tokens)
 
     def module(self, name: str) -> Any:
         return importlib.import_module(f"cutedsl.kernels.{name}_sm100")
@@ -388,18 +395,25 @@ class _Hopper(_Kernels):
         return self.operator(name, self.rank.num_layers, kernel, shape, config, moved, 0)
 
     def linear(self, name: str, layers: int, m: int, n: int, k: int) -> Operator:
-        return self.grouped(name, layers, f"m {m}, n {n}, k {k}", "bf16", (m, m, n, k, 1), *self.linear_cost(m, n, k))
+        return self.grouped(
+            name, layers, f"m {m}, n {n}, k {k}", "bf16", (m, m, n, k, 1, 1), *self.linear_cost(m, n, k)
+        )
 
     def grouped(
         self, name: str, layers: int, shape: str, epilogue: str, sizes: tuple[int, ...], moved: float, flop: int
     ) -> Operator:
         from cutedsl.kernels import grouped_gemm_sm90 as kernel
 
-        tokens, _, n, k, groups = sizes
+        tokens, _, n, k, groups, num_hit = sizes
         epilogue = "swiglu_nvfp4" if epilogue == "swiglu" and self.rounds else epilogue
-        config = kernel.choose_config(kernel.Shape(tokens, n, k, groups), epilogue)
+        config = kernel.choose_config(kernel.Shape(tokens, n, k, groups, num_hit), epilogue)
         tile = f"{config.tile_w}x{config.tile_n}x{kernel.TILE_K}"
         return self.operator(name, layers, kernel, shape, config, moved, flop, tile=tile, swap=True)
+
+    def guess(self, experts: "Experts", tokens: int) -> int:
+        from cutedsl.runners.workspace import large_group
+
+        return large_group(tokens, experts.top_k, experts.total)
 
     def module(self, name: str) -> Any:
         return importlib.import_module(f"cutedsl.kernels.{name}_sm90")

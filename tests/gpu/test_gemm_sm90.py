@@ -115,6 +115,8 @@ def assert_right(d: torch.Tensor, problem: Problem, epilogue: str, limit: float 
     assert (d[~real].view(torch.uint8) == gpu_kit.STALE_FLOAT).all(), "a row of no token was written"
 
 
+# At, below and above columns of MMAs.
+WIDTHS = (tuple(range(31, 162, 16)) + tuple(range(32, 162, 16)) + tuple(range(33, 162, 16)), 544, 1552)
 # Tokens of each expert, n, k: empty experts first, last and between; counts at, below and above tiles; n and k below, at and
 # across blocks of 64 and 128.
 SHAPES = [
@@ -125,8 +127,15 @@ SHAPES = [
     ((0, 0, 9, 1, 0, 17, 3, 0), 264, 544),
     ((130, 0, 257, 1), 520, 1040),
     ((1, 700), 2048, 2064),
+    WIDTHS,
 ]
-SWIGLU_SHAPES = [((3, 0, 9), 160, 256), ((0, 65, 1), 32, 320), ((7, 8, 0, 1), 384, 96), ((300, 129), 1056, 1040)]
+SWIGLU_SHAPES = [
+    ((3, 0, 9), 160, 256),
+    ((0, 65, 1), 32, 320),
+    ((7, 8, 0, 1), 384, 96),
+    ((300, 129), 1056, 1040),
+    WIDTHS,
+]
 # Of linears: fewer steps of K than CTAs that share them, and more; and so many tiles that not all clusters have room at once.
 LINEAR_SHAPES = [((1,), 160, 96), ((8,), 384, 288), ((65,), 1056, 2064), ((129,), 2048, 7168), ((700,), 4096, 1040)]
 

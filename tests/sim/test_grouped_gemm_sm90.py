@@ -112,7 +112,6 @@ def name(config: Config) -> str:
         "pair" * (config.cluster_w > 1),
         f"shared by {config.cluster_k}" * (config.cluster_k > 1),
         "even" * config.even,
-        "in turn" * (not config.overlap),
         "one group" * config.one_group,
     ]
     return " ".join([config.epilogue, f"{config.tile_w}x{config.tile_n}", *filter(None, flags)])
@@ -224,7 +223,7 @@ SHAPES: list[Shapes] = [
 ]
 BF16_CONFIGS = [
     small(BF16, 128, 8),
-    small(BF16, 128, 80, overlap=False),
+    small(BF16, 128, 80),
     small(BF16, 256, 16, num_stages=2),
     small(BF16, 256, 128),
     small(BF16, 128, 16, cluster_w=2),
@@ -245,11 +244,11 @@ def test_bf16(matrix, config: Config) -> None:
 SWIGLU_SHAPES: list[Shapes] = [((3, 0, 9), 160, 256, 2), ((0, 65, 1), 32, 416, 1), ((7, 8, 0, 1), 384, 96, 3)]
 SWIGLU_CONFIGS = [
     small(SWIGLU, 128, 32),
-    small(SWIGLU, 256, 8, overlap=False),
+    small(SWIGLU, 256, 8),
     small(SWIGLU_NVFP4, 128, 16),
     small(SWIGLU_NVFP4, 256, 80),
     small(SWIGLU_NVFP4, 256, 16, num_consumers=4),
-    small(SWIGLU_NVFP4, 256, 144, overlap=False, cluster_w=2),
+    small(SWIGLU_NVFP4, 256, 144, cluster_w=2),
 ]
 
 
@@ -290,6 +289,37 @@ ONE_GROUP = [
 @pytest.mark.parametrize(("config", "shape"), ONE_GROUP, ids=[name(config) for config, _ in ONE_GROUP])
 def test_one_group_of_all_rows(config: Config, shape: Shapes) -> None:
     simulate(config, shape, policy_of(ONE_GROUP.index((config, shape))), 0)
+
+
+# ---- widths ---------------------------------------------------------------------------------------------------------
+
+# At, below and above each width of 32 .. 80 and each number of tiles of 80.
+WIDTH_COUNTS = (1, 31, 32, 33, 47, 48, 49, 0, 63, 64, 65, 79, 80, 81, 96, 97, 160, 161)
+# Columns of MMAs of those tokens. An expert's tiles are equal up to 16.
+WIDTHS = [32, 32, 32, 48, 48, 48, 64, 64, 64, 80, 80, 80]
+WIDTHS += [48, 48, 48, 48, 64, 48, 80, 80, 64, 64, 48]
+WIDTH_CONFIGS = [small(BF16, 128, 80), small(SWIGLU, 256, 80, num_consumers=4), small(BF16, 128, 80, cluster_w=2)]
+
+
+@pytest.mark.parametrize("config", WIDTH_CONFIGS, ids=name)
+def test_few_tokens_are_few_columns_and_bytes(config: Config) -> None:
+    i = WIDTH_CONFIGS.index(config)
+    n, k = 32, 160
+    report = simulate(config, (WIDTH_COUNTS, n, k, 2), policy_of(i), i)
+    weights = config.tile_w * config.cluster_w * 256
+    assert report.counters["mma_flops"] == 2 * weights * sum(WIDTHS)
+    # Two steps of K, each with the weights of every CTA, and as many tokens as columns, once for a cluster.
+    loaded = len(WIDTHS) * config.weight_bytes * config.cluster_w + sum(WIDTHS) * 256
+    assert report.counters["tma_load_global_bytes"] == 2 * loaded
+
+
+@pytest.mark.parametrize("config", [small(BF16, 256, 160, cluster_w=2, num_stages=2), small(BF16, 256, 128)], ids=name)
+def test_small_and_large_lots(config: Config) -> None:
+    # Each width of a wide tile; more steps than stages.
+    counts = tuple(width - 5 for width in config.widths)
+    report = simulate(config, (counts, 264, 416, 3), "random", 0)
+    # Two tiles of 256 rows, or one of a pair of CTAs; four steps of K.
+    assert report.counters["mma_flops"] == 2 * 512 * 512 * sum(config.widths)
 
 
 # ---- even shares ----------------------------------------------------------------------------------------------------
@@ -537,8 +567,7 @@ TILES = [(128, 8), (256, 8), (128, 16), (256, 32), (128, 80), (256, 128), (256, 
 @pytest.mark.parametrize(("tile_w", "tile_n"), TILES)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_all_sizes(matrix, epilogue: str, tile_w: int, tile_n: int) -> None:
-    large = tile_n > 128
-    config = gemm.largest_config(epilogue, tile_w, tile_n, overlap=not large, cluster_w=2 if large else 1)
+    config = gemm.largest_config(epilogue, tile_w, tile_n, cluster_w=2 if tile_n > 128 else 1)
 
     def case(policy: str, seed: int, counts: tuple[int, ...], n: int, k: int) -> ptxsim.Report:
         n = n if epilogue == BF16 else -(-n // 32) * 32
@@ -747,6 +776,15 @@ def test_what_is_chosen_is_in_the_closed_set(epilogue: str) -> None:
     for n, k, groups in sizes:
         for tokens in (*range(1, 300), 820, 1000, 2048, 4096, 8192, 16384, 100_000):
             assert gemm.choose_config(Shape(tokens, n, k, groups), epilogue) in closed
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tile_n"),
+    # One tile while most groups fit 160; a mean of 192 is two tiles of 112 for most, one of 320 two of 160.
+    [(1, 8), (9, 16), (80, 80), (150, 160), (161, 160), (184, 160), (218, 112), (354, 160), (8192, 160)],
+)
+def test_tile_of_groups(tokens: int, tile_n: int) -> None:
+    assert gemm.choose_config(Shape(tokens, 4096, 4096, 256), BF16).tile_n == tile_n
 
 
 def test_the_models_need_no_other_configuration() -> None:

@@ -29,6 +29,8 @@ def kernel(name: str, shape: tuple[tuple[int, ...], int, int, int], *args: objec
 
 plain = kernel("bf16", ((9, 0, 3), 136, 544, 1), "bf16", 128, 8)
 pair = kernel("bf16, pairs", ((20, 0, 3), 264, 544, 1), "bf16", 128, 16, cluster_w=2)
+widths = kernel("bf16, widths", ((33, 0, 65, 3), 264, 288, 1), "bf16", 256, 64)
+lots = kernel("bf16, small lots", ((3, 0, 9), 136, 288, 1), "bf16", 128, 144)
 quantized = kernel("swiglu_nvfp4", ((9, 0, 3), 160, 272, 1), "swiglu_nvfp4", 128, 8)
 even = kernel("bf16, even", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 8, even=True)
 one_group = kernel("bf16, one group", ((9,), 136, 544, 1), "bf16", 128, 8)
@@ -40,14 +42,14 @@ PLAIN = [
     source(
         "stage given back a step early",
         f"{RACE} | {WRONG}",
-        "self._release(smem, last)\n                last",
-        "self._release(smem, index)\n                last",
+        "self._release(smem, last)\n                        last",
+        "self._release(smem, index)\n                        last",
     ),
     source(
-        "MMAs of two halves left in flight",
+        "MMAs of two lots left in flight",
         f"{RACE} | {WRONG}",
-        "in_flight = 1 if config.overlap",
-        "in_flight = 2 if config.overlap",
+        "warpgroup.wait_group(1)",
+        "warpgroup.wait_group(2)",
     ),
     source(
         "load never waits for an empty stage",
@@ -58,21 +60,19 @@ PLAIN = [
     source(
         "consumers never wait for a full stage",
         RACE,
-        "                cute.arch.mbarrier_wait(smem.full + index, phase)\n",
+        "            cute.arch.mbarrier_wait(smem.full + index, phase)\n",
         "",
     ),
     source("code one place off", WRONG, "(word << 6) & _CODE_MASK", "(word << 5) & _CODE_MASK"),
     source("lowest bit of a code lost", WRONG, " | ((word >> 8) & _LOWEST_MASK)", ""),
-    source("scale of the other row", WRONG, "scale = scales[p % 2][i % 2]", "scale = scales[0][i % 2]"),
+    source("scale of the other row", WRONG, "scale = scales[p % 2][step % 2]", "scale = scales[0][step % 2]"),
     source(
         "scale of the other half",
         WRONG,
-        "hopper.mul_bf16x2_half(pairs[p], scale, i // 2)",
-        "hopper.mul_bf16x2_half(pairs[p], scale, 1 - i // 2)",
+        "hopper.mul_bf16x2_half(pairs[p], scale, step // 2)",
+        "hopper.mul_bf16x2_half(pairs[p], scale, 1 - step // 2)",
     ),
-    source(
-        "scales of the other 64 columns", WRONG, "hopper.scale_pairs(rSF[half, h, b]", "hopper.scale_pairs(rSF[0, h, b]"
-    ),
+    source("scales of the other 64 columns", WRONG, "rSF[0, h] = sSF[0, half, h,", "rSF[0, h] = sSF[0, 0, h,"),
     source(
         "alpha of the row 8 below",
         f"{WRONG} | out-of-bounds",
@@ -87,14 +87,14 @@ PLAIN = [
     ),
     source("one token too many stored", WRONG, "(tile_token < place.num_tokens)", "(tile_token <= place.num_tokens)"),
     source("last column left out", WRONG, "(column < num_columns)", "(column < num_columns - 8)"),
-    source("sums of the tile before kept", WRONG, "            acc.fill(0.0)\n", ""),
+    source("sums of the tile before kept", WRONG, "            sums.fill(0.0)\n", ""),
     source(
         "tokens are counted before the wait",
         findings.BEFORE_WAIT,
         "        if constant_rows == 0:\n            hopper.wait_for_prerequisites()\n",
         "",
     ),
-    source("tokens of another tile", WRONG, "% num_token_tiles * self.config.tile_n)", "% 1 * self.config.tile_n)"),
+    source("tokens of another tile", WRONG, "% num_token_tiles * tile_tokens", "% 1 * tile_tokens"),
 ]
 PAIR = [
     source(
@@ -111,6 +111,30 @@ PAIR = [
         "                0,\n                cute.make_layout(config.cluster_w)",
     ),
     source("both take the same weight tile", WRONG, "* self.config.cluster_w + tiles.rank", "* self.config.cluster_w"),
+]
+WIDTHS = [
+    source("width of fewer tokens", WRONG, "num_tokens <= widths[middle - 1]", "num_tokens <= widths[middle]"),
+    source(
+        "blocks of sums as near as the width", WRONG, "(1, 2, 4), config.tile_n // 2, 0)", "(1, 2, 4), width // 2, 0)"
+    ),
+    source(
+        "tile begins where wide ones would",
+        WRONG,
+        "% num_token_tiles * tile_tokens",
+        "% num_token_tiles * self.config.tile_n",
+    ),
+    source(
+        "last unit of tokens not loaded",
+        f"{RACE} | {WRONG}",
+        "cutlass.max(at.num_tokens, config.widths[0]), config.load_tokens)",
+        "cutlass.max(at.num_tokens - 16, config.widths[0]), config.load_tokens)",
+    ),
+    source("bytes of all units expected", RACE, "weight_bytes + num_units * (2 *", "weight_bytes + 2 * (2 *"),
+]
+LOTS = [
+    source("words of the other lot", WRONG, "sW[None, first // steps, thread, half]", "sW[None, 0, thread, half]"),
+    source("scales of the other lot", WRONG, "word, step = rW[i], first + i", "word, step = rW[i], i"),
+    source("tokens of the other lot", WRONG, "tCrB[None, None, step + i, index]", "tCrB[None, None, i, index]"),
 ]
 QUANTIZED = [
     source("h_scale of another expert", WRONG, "out.mHScale[place.expert]", "out.mHScale[0]"),
@@ -193,8 +217,8 @@ ONE_GROUP = [
         "tokens are loaded before the wait",
         findings.BEFORE_WAIT,
         "                hopper.wait_for_prerequisites()\n"
-        "                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles, num_early)\n",
-        "                self._load(tma_x, mX, weights, out.mPaddedOffset, smem, tiles, num_early)\n"
+        "                self._load(tma_x, mX, weights, out, smem, tiles, num_early)\n",
+        "                self._load(tma_x, mX, weights, out, smem, tiles, num_early)\n"
         "                hopper.wait_for_prerequisites()\n",
     ),
     source(
@@ -220,6 +244,8 @@ ONE_GROUP = [
 MUTANTS = [
     (plain, PLAIN),
     (pair, PAIR),
+    (widths, WIDTHS),
+    (lots, LOTS),
     (quantized, QUANTIZED),
     (even, EVEN),
     (flagged, FLAGGED),

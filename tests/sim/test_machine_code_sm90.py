@@ -22,6 +22,7 @@ CONFIGS = [
     gemm.choose_config(Shape(1, 6144, 7168, 384), SWIGLU),
     gemm.choose_config(Shape(16, 6144, 7168, 384), SWIGLU_NVFP4),
     gemm.choose_config(Shape(80, 7168, 3072, 384), BF16),
+    gemm.choose_config(Shape(128, 7168, 3072, 384), BF16),
     gemm.choose_config(Shape(150, 7168, 3072, 384), BF16),
     gemm.choose_config(Shape(150, 6144, 7168, 384), SWIGLU_NVFP4),
     gemm.choose_config(Shape(128, 2048, 7168), BF16),
@@ -40,7 +41,9 @@ def test_mmas_overlap(tmp_path: Path, config: Config) -> None:
     mmas = re.findall(r"\bHGMMA\b.*", text)
     # The last MMA of a group says so; where all do, each is waited for.
     groups = [mma for mma in mmas if "gsb0" in mma]
-    assert len(mmas) == len(groups) * 4 * config.blocks_of_warpgroup, f"{len(mmas)} MMAs in {len(groups)} groups"
+    assert len(mmas) == len(groups) * config.lot_steps * config.blocks_of_warpgroup, (
+        f"{len(mmas)} MMAs in {len(groups)} groups"
+    )
     found = facts(cubin, str(compiled.ir_module))
     # Otherwise ptxas has ignored the registers that warpgroups give each other.
     threads = config.consumer_threads + gemm.WARPGROUP
