@@ -225,8 +225,9 @@ class MoeChain:
         topk_weights, topk_ids = compact("weights", topk_weights), compact("ids", topk_ids)
         route = self._route(topk_ids)
         rows = len(route.tile_expert) * TILE_ROWS
-        tokens = large_group(*topk_ids.shape, self.num_global_experts)
-        num_hit = expected_hit(*topk_ids.shape, self.num_global_experts, self.num_experts)
+        num_tokens, top_k = topk_ids.shape
+        tokens = large_group(num_tokens, top_k, self.num_global_experts)
+        num_hit = expected_hit(num_tokens, top_k, self.num_global_experts, self.num_experts)
         groups = Groups(route.tile_expert, route.padded_offset, route.count, tokens, num_hit=num_hit)
         a = take("rows", torch.bfloat16, rows, self.hidden)
         h = take("h", torch.bfloat16, rows, self.intermediate)

@@ -190,6 +190,10 @@ class _Kernels(abc.ABC):
         """
 
     @abc.abstractmethod
+    def guess(self, experts: "Experts", tokens: int) -> int:
+        """Tokens of a large expert, as the runners guess them."""
+
+    @abc.abstractmethod
     def module(self, name: str) -> Any:
         """The module of this architecture's route or finalize."""
 

@@ -135,7 +135,7 @@ vllm.model_executor.kernels.linear.scaled_mm.cpu
 vllm.model_executor.kernels.mhc
   exists | tilelang_kernels | tilelang_build.py | its kernels are compiled ahead of time
 vllm.model_executor.kernels.mhc.tilelang_kernels
-  source | compute_num_split | tilelang_build.py warmup_steps.py | splits of a product for the SMs of the GPU | get_device_properties
+  source | compute_num_split | tilelang_build.py warmup_steps.py | splits for the SMs of the GPU | get_device_properties
   source | ENABLE_PDL | tilelang_build.py | a part of the kernels that is asked of the platform | is_arch_support_pdl
   signature | MhcPreBigFuseTileLangKernel.get_warmup_keys MhcPostTileLangKernel.get_warmup_keys | tilelang_build.py | called
   signature | MhcFusedTileLangKernel.get_warmup_keys HcHeadFusedTileLangKernel.get_warmup_keys | tilelang_build.py | called

@@ -396,7 +396,7 @@ def test_even_shares_of_launches_that_follow_each_other() -> None:
 SHARED = [
     (small(BF16, 128, 64, cluster_k=4), ((70, 0, 9), 72, 1152, 1)),
     (small(BF16, 128, 8, cluster_k=4, num_stages=4), ((9, 0), 136, 272, 1)),
-    (small(BF16, 128, 80, cluster_k=2, overlap=False), ((3, 81), 72, 272, 2)),
+    (small(BF16, 128, 80, cluster_k=2), ((3, 81), 72, 272, 2)),
     (small(SWIGLU, 128, 16, cluster_k=8, num_stages=4), ((0, 17), 96, 1168, 1)),
     # Of three CTAs, the last has a chunk of tokens less than the others; of five, the last has none.
     (small(SWIGLU_NVFP4, 256, 32, cluster_k=3), ((33, 1), 160, 416, 1)),
