@@ -27,11 +27,11 @@ idle only where decoding takes longer. Two lots take registers: where sums are m
 with what follows only if a basic block has one lot of them at most, and if it finds the registers; otherwise it waits for
 each MMA by itself and tells nobody (tests/sim/test_machine_code_sm90.py looks).
 
-Widths. MMAs of a tile with few tokens have fewer columns (`widths`), and only so many tokens are loaded. All warps of a tile,
-and both CTAs of a cluster, have the same tokens, so that a branch around the MMAs of a lot chooses. Their sums are the first
-registers of each block's, their tokens the first of a stage's. So a tile may be wider than most experts need, and an expert
-with more tokens than a tile is cut into equal ones, up to the step of widths. With even shares there is one width, as sums of
-whole tiles are exchanged.
+Widths. MMAs of a group's tile with few tokens have fewer columns (`widths`), and maybe half of the tokens are loaded. All
+warps of a tile, and both CTAs of a cluster, have the same tokens, so that a branch around the MMAs of a lot chooses. Their
+sums are the first registers of each block's, their tokens the first of a stage's. So a tile may be wider than most experts
+need, and an expert with more tokens than a tile is cut into equal ones, up to the step of widths. With even shares there is
+one width, as sums of whole tiles are exchanged.
 
 Even shares. With few tokens there are few tiles, and a last round of them would leave most SMs idle. Then (`even`) tiles are
 laid end to end, and every CTA gets as many steps of K of that row as any other, wherever that cuts a tile. Who has the
@@ -108,7 +108,7 @@ MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 160
 # CTAs of a cluster: what every Hopper GPU has room for. Source: CUDA C++ Programming Guide, "Thread Block Clusters".
 MAX_CLUSTER_K = 8
 # Tokens of a tile for which four warpgroups are at least as fast as two. Source: docs/bench/sm90.md.
-MAX_MANY_CONSUMERS_TILE_N = 32
+MAX_MANY_CONSUMERS_TILE_N = 64
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
 MIN_STEPS = 4
 # A tile then has at most as many shares as a warpgroup has threads to wait for them.
@@ -200,8 +200,8 @@ class Config:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Columns of MMAs; a tile takes the first that its tokens fit. With even shares all tiles have tile_n."""
-        if self.even or self.tile_n <= MIN_WIDTH:
+        """Columns of MMAs; a tile takes the first that its tokens fit. Only groups have tiles of very different sizes."""
+        if self.even or self.one_group or self.tile_n <= MIN_WIDTH:
             return (self.tile_n,)
         return tuple(range(MIN_WIDTH, self.tile_n + 1, WIDTH_STEP))
 
@@ -237,8 +237,9 @@ class Config:
 
     @property
     def load_tokens(self) -> int:
-        """Tokens that are loaded at a time: all, or where widths differ, a unit that a cluster can share."""
-        return self.tile_n if len(self.widths) == 1 else math.gcd(self.tile_n, UNIT_TOKENS)
+        """Tokens that are loaded at a time: all, or where widths differ, half of them, if a cluster can share these."""
+        half = self.tile_n // 2
+        return half if len(self.widths) > 1 and half % (8 * self.cluster_w) == 0 else self.tile_n
 
     @property
     def weight_bytes(self) -> int:
@@ -404,8 +405,8 @@ class _Split(NamedTuple):
 def _splits(tokens: int) -> tuple[_Split, ...]:
     """The splits for so many tokens.
 
-    Source: fitted to 437 medians of ten linears of V4-Pro and V4-Flash at 1 to 512 tokens on one H200 (docs/bench/sm90.md):
-    no choice between those costs more than 4 %, but one of 17 %. At 16 and 64 tokens as at 8 and 32.
+    Source: fitted to 670 medians of ten linears of V4-Pro and V4-Flash at 1 to 512 tokens on one H200 (docs/bench/sm90.md).
+    At 16 tokens as at 8.
     """
     tile_n = 1 << max(3, (tokens - 1).bit_length())
     if tokens <= 16:
@@ -415,16 +416,25 @@ def _splits(tokens: int) -> tuple[_Split, ...]:
             _Split(128, tile_n, 0.389, 1.97, cluster_k=2),
             _Split(128, tile_n, 0.455, 1.89, cluster_k=4),
             _Split(128, tile_n, 0.438, 1.88, 0.74, cluster_k=8),
-            _Split(256, tile_n, 0.655, 3.19, cluster_k=4),
+            _Split(256, tile_n, 0.65, 2.9, cluster_k=4),
         )
-    if tokens <= MAX_SMALL_TILE_N:
+    if tokens <= 32:
         return (
             _Split(256, tile_n, 0.66, 4.8),
             _Split(128, tile_n, 0.536, 3.87, share_us=0.24, even=True),
             _Split(128, tile_n, 0.413, 2.74, cluster_k=2),
             _Split(128, tile_n, 0.481, 2.53, cluster_k=4),
             _Split(128, tile_n, 0.504, 2.42, 0.69, cluster_k=8),
-            _Split(256, tile_n, 0.707, 4.18, cluster_k=4),
+            _Split(256, tile_n, 0.70, 3.7, cluster_k=4),
+        )
+    if tokens <= MAX_SMALL_TILE_N:
+        return (
+            _Split(256, tile_n, 0.75, 6.3),
+            _Split(128, tile_n, 0.65, 4.9, share_us=0.24, even=True),
+            _Split(128, tile_n, 0.47, 4.4, cluster_k=2),
+            _Split(128, tile_n, 0.50, 4.6, cluster_k=4),
+            _Split(128, tile_n, 0.50, 4.4, cluster_k=8),
+            _Split(256, tile_n, 0.88, 5.5, cluster_k=4),
         )
     return (
         _Split(256, LARGE_TILE_N, 1.149, 3.85, 2.84),
@@ -769,7 +779,8 @@ class GroupedGemmSm90:
         config = self.config
         num_units = cutlass.Int32(config.tile_n // config.load_tokens)
         if cutlass.const_expr(len(config.widths) > 1):
-            num_units = cute.ceil_div(cutlass.max(at.num_tokens, config.widths[0]), config.load_tokens)
+            width = cute.ceil_div(cutlass.max(at.num_tokens, config.widths[0]), WIDTH_STEP) * WIDTH_STEP
+            num_units = cute.ceil_div(width, config.load_tokens)
         return num_units
 
     @cute.jit

@@ -308,8 +308,9 @@ def test_few_tokens_are_few_columns_and_bytes(config: Config) -> None:
     report = simulate(config, (WIDTH_COUNTS, n, k, 2), policy_of(i), i)
     weights = config.tile_w * config.cluster_w * 256
     assert report.counters["mma_flops"] == 2 * weights * sum(WIDTHS)
-    # Two steps of K, each with the weights of every CTA, and as many tokens as columns, once for a cluster.
-    loaded = len(WIDTHS) * config.weight_bytes * config.cluster_w + sum(WIDTHS) * 256
+    # Two steps of K, each with the weights of every CTA, and tokens for all columns in whole units, once for a cluster.
+    tokens = sum(-(-width // config.load_tokens) * config.load_tokens for width in WIDTHS)
+    loaded = len(WIDTHS) * config.weight_bytes * config.cluster_w + tokens * 256
     assert report.counters["tma_load_global_bytes"] == 2 * loaded
 
 

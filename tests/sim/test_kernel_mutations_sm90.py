@@ -91,7 +91,7 @@ PLAIN = [
     source(
         "tokens are counted before the wait",
         findings.BEFORE_WAIT,
-        "        if constant_rows == 0:\n            hopper.wait_for_prerequisites()\n",
+        "            if constant_rows == 0:\n                hopper.wait_for_prerequisites()\n",
         "",
     ),
     source("tokens of another tile", WRONG, "% num_token_tiles * tile_tokens", "% 1 * tile_tokens"),
@@ -126,10 +126,10 @@ WIDTHS = [
     source(
         "last unit of tokens not loaded",
         f"{RACE} | {WRONG}",
-        "cutlass.max(at.num_tokens, config.widths[0]), config.load_tokens)",
-        "cutlass.max(at.num_tokens - 16, config.widths[0]), config.load_tokens)",
+        "num_units = cute.ceil_div(width, config.load_tokens)",
+        "num_units = cute.ceil_div(width - 16, config.load_tokens)",
     ),
-    source("bytes of all units expected", RACE, "weight_bytes + num_units * (2 *", "weight_bytes + 2 * (2 *"),
+    source("bytes of all units expected", RACE, "weight_bytes + self._num_units(at) * (2 *", "weight_bytes + 2 * (2 *"),
 ]
 LOTS = [
     source("words of the other lot", WRONG, "sW[None, first // steps, thread, half]", "sW[None, 0, thread, half]"),

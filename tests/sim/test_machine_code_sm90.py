@@ -21,10 +21,13 @@ SM_REGISTERS = 1 << 16
 CONFIGS = [
     gemm.choose_config(Shape(1, 6144, 7168, 384), SWIGLU),
     gemm.choose_config(Shape(16, 6144, 7168, 384), SWIGLU_NVFP4),
+    gemm.choose_config(Shape(64, 7168, 3072, 384), SWIGLU_NVFP4),
     gemm.choose_config(Shape(80, 7168, 3072, 384), BF16),
     gemm.choose_config(Shape(128, 7168, 3072, 384), BF16),
     gemm.choose_config(Shape(150, 7168, 3072, 384), BF16),
     gemm.choose_config(Shape(150, 6144, 7168, 384), SWIGLU_NVFP4),
+    gemm.choose_config(Shape(1, 7168, 16384), BF16),
+    gemm.choose_config(Shape(64, 65536, 1536), BF16),
     gemm.choose_config(Shape(128, 2048, 7168), BF16),
     gemm.choose_config(Shape(8192, 7168, 16384), BF16),
 ]
