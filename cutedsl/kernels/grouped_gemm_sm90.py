@@ -109,6 +109,8 @@ MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 160
 MAX_CLUSTER_K = 8
 # Tokens of a tile for which four warpgroups are at least as fast as two. Source: docs/bench/sm90.md.
 MAX_MANY_CONSUMERS_TILE_N = 64
+# Of those of groups with two, the fewest: as MMAs have fewer columns where tokens are fewer, 80 are no faster.
+MIN_WIDE_TILE_N = 96
 # With even shares, steps of K that a CTA has at least: fewer are not worth the exchange of sums.
 MIN_STEPS = 4
 # A tile then has at most as many shares as a warpgroup has threads to wait for them.
@@ -373,8 +375,8 @@ def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
     Raises:
         ValueError: arch or epilogue is unknown.
     """
-    tiles = (8, *range(16, MAX_GROUPED_TILE_N + 1, 16))
-    found = [_grouped_config(epilogue, tile_n, even, arch) for tile_n in tiles for even in (False, True)]
+    tiles = {_grouped_tile(tokens) for tokens in range(1, MAX_GROUPED_TILE_N + 1)}
+    found = [_grouped_config(epilogue, tile_n, even, arch) for tile_n in sorted(tiles) for even in (False, True)]
     for tokens in (8, 16, 32, MAX_SMALL_TILE_N, MAX_SMALL_TILE_N + 1):
         found += [_linear_config(epilogue, split, arch) for split in _splits(tokens)]
     return tuple(dict.fromkeys(found))
@@ -493,7 +495,7 @@ def _round_tile(tokens: int) -> int:
 def _grouped_tile(tokens: int) -> int:
     """The tile for groups of which the largest has so many tokens."""
     if tokens <= MAX_GROUPED_TILE_N:
-        return _round_tile(tokens)
+        return _round_tile(tokens) if tokens <= MAX_MANY_CONSUMERS_TILE_N else max(_round_tile(tokens), MIN_WIDE_TILE_N)
     # As many tiles as most groups need, see workspace.large_group; each holds its part of the largest one.
     num_tiles = -(-(tokens - 2 * math.isqrt(tokens)) // MAX_GROUPED_TILE_N)
     return min(_round_tile(-(-tokens // num_tiles)), MAX_GROUPED_TILE_N)

@@ -101,19 +101,6 @@ def test_linear(activations: str, tokens: int, shards: list[int], k: int, scales
     assert_same("the same call again", OPS.linear(x, runner.runner_id), y)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64, 200])
-def test_two_halves_are_the_linear(tokens: int) -> None:
-    runner = built(LinearRunner, linear_arguments([8192], 1536, [0]), "nvfp4")
-    sf = torch.zeros(runner.quantized_row.sf_shape(tokens), dtype=torch.uint8, device="cuda")
-
-    def halves(x: torch.Tensor) -> torch.Tensor:
-        return OPS.linear_of_quantized(OPS.quantize_input(x, sf, runner.runner_id), sf, runner.runner_id)
-
-    x = random_x(tokens, tokens, 1536)
-    assert_same("one call", halves(x), OPS.linear(x, runner.runner_id))
-    assert_replays(halves, (x,), (random_x(tokens + 1, tokens, 1536),))
-
-
 def test_linear_of_strided_rows(activations: str) -> None:
     runner = built(LinearRunner, linear_arguments([64], 256, [0]), activations)
     wide = random_x(1, 5, 400)
