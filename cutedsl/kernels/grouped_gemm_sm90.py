@@ -122,8 +122,8 @@ MAX_LOADS, MIN_FLAGGED_SUMS = 64, 32
 
 TILES_W = (128, 256)
 # Warpgroups that decode and multiply, and their registers: with few tokens sums are few, and more warps hide latency.
-# Source: 64 K registers an SM; 2 x 128 x 232 + 128 x 40 fit, as do 4 x 128 x 104 + 128 x 40.
-CONSUMER_REGISTERS = {2: 232, 4: 104}
+# Source: 64 K registers an SM; 2 x 128 x 232 + 128 x 40 fit, as do 4 x 128 x 112 + 128 x 40.
+CONSUMER_REGISTERS = {2: 232, 4: 112}
 LOAD_REGISTERS = 40
 
 # Tokens whose results pass through shared memory at a time, and what they take there: for each token the 64 columns of a
@@ -365,7 +365,12 @@ def choose_config(shape: Shape, epilogue: str, arch: str = "sm_90a") -> Config:
         return _grouped_config(
             epilogue, _grouped_tile(shape.tokens), _has_even_shares(shape, ARCHS[arch].num_sms), arch
         )
-    splits = _splits(shape.tokens)
+    # A tile of few steps is not shared by many.
+    splits = [
+        split
+        for split in _splits(shape.tokens)
+        if split.cluster_k == 1 or shape.k >= MIN_STEPS * split.cluster_k * TILE_K
+    ]
     return _linear_config(epilogue, min(splits, key=lambda split: _time_us(shape, split, ARCHS[arch].num_sms)), arch)
 
 
@@ -398,7 +403,6 @@ class _Split(NamedTuple):
     round_us: float
     fixed_us: float = 0.0
     share_us: float = 0.0
-    cluster_w: int = 1
     even: bool = False
     cluster_k: int = 1
 
@@ -440,7 +444,6 @@ def _splits(tokens: int) -> tuple[_Split, ...]:
         )
     return (
         _Split(256, LARGE_TILE_N, 1.149, 3.85, 2.84),
-        _Split(256, LARGE_TILE_N, 1.151, 3.79, 3.69, cluster_w=2),
         _Split(128, LARGE_TILE_N, 0.612, 2.04, 1.75),
         _Split(128, LARGE_TILE_N, 0.719, 6.33, share_us=0.52, even=True),
         _Split(128, LARGE_TILE_N, 0.641, 5.61, cluster_k=2),
@@ -454,14 +457,13 @@ def _splits(tokens: int) -> tuple[_Split, ...]:
 def _time_us(shape: Shape, split: _Split, num_sms: int) -> float:
     """Returns about how long a linear takes."""
     num_k = -(-shape.k // TILE_K)
-    num_tiles = -(-shape.n // (split.tile_w * split.cluster_w)) * -(-shape.tokens // split.tile_n)
+    num_tiles = -(-shape.n // split.tile_w) * -(-max(shape.tokens, 1) // split.tile_n)
     if split.even:
         num_shares = min(num_sms, max(num_tiles * num_k // MIN_STEPS, 1))
         exchange_us = split.round_us + max(num_shares / num_tiles, 1.0) * split.share_us
         return num_tiles * num_k / num_shares * split.step_us + exchange_us
     # SMs of a part of the GPU that are no whole cluster have nothing to do: so few clusters of 4 and 8 ran at a time.
-    cluster = split.cluster_w * split.cluster_k
-    clusters = num_sms // cluster if cluster <= 2 else (num_sms - 12) // cluster
+    clusters = num_sms // split.cluster_k if split.cluster_k <= 2 else (num_sms - 12) // split.cluster_k
     rounds = -(-num_tiles // clusters)
     return rounds * (-(-num_k // split.cluster_k) * split.step_us + split.round_us) + split.fixed_us
 
@@ -483,8 +485,8 @@ def _consumers(tile_w: int, tile_n: int) -> int:
 
 def _linear_config(epilogue: str, split: _Split, arch: str) -> Config:
     return largest_config(
-        epilogue, split.tile_w, split.tile_n, _consumers(split.tile_w, split.tile_n), cluster_w=split.cluster_w,
-        even=split.even, cluster_k=split.cluster_k, one_group=True, arch=arch,
+        epilogue, split.tile_w, split.tile_n, _consumers(split.tile_w, split.tile_n), even=split.even,
+        cluster_k=split.cluster_k, one_group=True, arch=arch,
     )  # fmt: skip
 
 

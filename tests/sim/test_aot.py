@@ -355,9 +355,9 @@ def mma_instructions(name: str, config: str) -> int:
     if name.endswith("sm100"):
         # A step is 256, an MMA's K 64; and one more in the loop of a last step that ends before 256.
         return 256 // 64 + 1
-    # A step is 128, an MMA's K 16 and its weights 64 rows; both warpgroups run the same code, each for half of the tile.
-    (tile_w,) = re.findall(r"\btile_w (\d+)", config)
-    return 128 // 16 * (int(tile_w) // 2 // 64)
+    # A step is 128, an MMA's K 16 and its weights 64 rows; all warpgroups run the same code, each for its part of the tile.
+    (tile_w,), (num_consumers,) = (re.findall(rf"\b{name} (\d+)", config) for name in ("tile_w", "num_consumers"))
+    return 128 // 16 * (int(tile_w) // int(num_consumers) // 64)
 
 
 @pytest.mark.parametrize("arch", kernel_table.ARCHS)
