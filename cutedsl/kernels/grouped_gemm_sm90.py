@@ -121,10 +121,11 @@ NOTHING, LEFT_ZERO = 0, -(1 << 31)
 MAX_LOADS, MIN_FLAGGED_SUMS = 64, 32
 
 TILES_W = (128, 256)
-# Warpgroups that decode and multiply, and their registers: with few tokens sums are few, and more warps hide latency.
-# Source: 64 K registers an SM; 2 x 128 x 232 + 128 x 40 fit, as do 4 x 128 x 112 + 128 x 40.
+# Warpgroups that decode and multiply, and their registers and those of who loads: with few tokens sums are few, and more
+# warps hide latency. Together they are those that a CTA starts with: 64 K by its threads, down to a multiple of 8.
+# Source: 384 x 168 = 2 x 128 x 232 + 128 x 40; 640 x 96 = 4 x 128 x 112 + 128 x 32.
 CONSUMER_REGISTERS = {2: 232, 4: 112}
-LOAD_REGISTERS = 40
+LOAD_REGISTERS = {2: 40, 4: 32}
 
 # Tokens whose results pass through shared memory at a time, and what they take there: for each token the 64 columns of a
 # block in BF16, or its 32 h in FP32, and 4 words so that tokens start in different banks.
@@ -741,7 +742,7 @@ class GroupedGemmSm90:
         tiles = self._tiles(weights[0], out.n, smem.sTile, mX.shape[0])
 
         if warp >= config.load_warp:
-            cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
+            cute.arch.setmaxregister_decrease(LOAD_REGISTERS[config.num_consumers])
             if warp == config.load_warp:
                 num_early = cutlass.Int32(0)
                 if constant_rows != 0:

@@ -22,7 +22,7 @@ import ptxsim
 from cutedsl import aot, deployment
 from cutedsl import compile as compiler
 from cutedsl.deployment import FAMILIES, Family, Variant
-from cutedsl.kernels import finalize_sm100, linear_sm100
+from cutedsl.kernels import finalize_sm100, grouped_gemm_sm90, linear_sm100
 from cutedsl.kernels.finalize_sm100 import Config, FinalizeSm100
 from ptxsim.host.capture import capture, load_aot, prepare_environment
 
@@ -355,9 +355,13 @@ def mma_instructions(name: str, config: str) -> int:
     if name.endswith("sm100"):
         # A step is 256, an MMA's K 64; and one more in the loop of a last step that ends before 256.
         return 256 // 64 + 1
-    # A step is 128, an MMA's K 16 and its weights 64 rows; all warpgroups run the same code, each for its part of the tile.
-    (tile_w,), (num_consumers,) = (re.findall(rf"\b{name} (\d+)", config) for name in ("tile_w", "num_consumers"))
-    return 128 // 16 * (int(tile_w) // int(num_consumers) // 64)
+    # A loop of two lots, for each width; all warpgroups run the same code, each for its blocks of the tile.
+    epilogue, *fields = (field.split()[1] for field in config.split(", "))
+    tile_w, tile_n, num_stages, num_consumers, cluster_w, even, cluster_k, one_group = map(json.loads, fields)
+    found = grouped_gemm_sm90.Config(
+        epilogue, tile_w, tile_n, num_stages, num_consumers, cluster_w, even, cluster_k, one_group
+    ).validate()
+    return 2 * found.lot_steps * found.blocks_of_warpgroup * len(found.widths)
 
 
 @pytest.mark.parametrize("arch", kernel_table.ARCHS)
