@@ -14,7 +14,7 @@ rows come from and where they go is as in `quantize_sm100`:
 
 Threads walk a grid-stride loop over the parts of all rows; the grid is bounded, and depends on shapes alone.
 
-Not verified on hardware.
+Verified on one H200: docs/evidence/h200.
 """
 
 from collections.abc import Callable

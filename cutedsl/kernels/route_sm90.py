@@ -58,7 +58,7 @@ def route(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: Route) -
 
     Layout, Numerics: those of `route_sm100.route`.
     Graph-safe: yes, after one call with the same configuration; the launch is on torch's current stream, nothing is
-    allocated and nothing read back. Not verified on hardware.
+    allocated and nothing read back.
     """
     check(topk_ids, expert_map, out)
     num_tokens, top_k = topk_ids.shape
