@@ -422,29 +422,9 @@ def _grouped_swap(module: Any, asked: Deployment) -> Iterator[Hashable]:
 
 
 def _grouped_hopper(module: Any, asked: Deployment) -> Iterator[Hashable]:
-    from cutedsl.runners.workspace import expected_hit, large_group
-
-    for n, k, num_groups, top_k, total, epilogue in sorted(_hopper_shapes(module, asked)):
-        for batch in asked.batches():
-            tokens = large_group(batch, top_k, total)
-            num_hit = expected_hit(batch, top_k, total, num_groups) if total > 1 else None
-            yield module.choose_config(module.Shape(tokens, n, k, num_groups, num_hit), epilogue, asked.arch)
-
-
-def _hopper_shapes(module: Any, asked: Deployment) -> set[tuple[int, int, int, int, int, str]]:
-    """Returns n, k, groups, top_k, all experts and epilogue of every GEMM; of a group with all tokens the two are 1."""
-    shapes = {(n, k, 1, 1, 1, module.BF16) for rank in asked.ranks for n, k in _linear_shapes(rank)}
-    for rank in asked.ranks:
-        hidden = rank.model.hidden_size
-        for experts in rank.experts():
-            # The one that a rank has of several is as several: see the kernel.
-            num_experts = experts.num_experts if experts.total == 1 else max(experts.num_experts, 2)
-            columns, group = experts.intermediate, (num_experts, experts.top_k, experts.total)
-            # h is quantized or not, as activations are.
-            shapes |= {(2 * columns, hidden, *group, epilogue) for epilogue in (module.SWIGLU, module.SWIGLU_NVFP4)}
-            shapes.add((hidden, columns, *group, module.BF16))
-        shapes.add((*rank.wo_a, rank.num_groups, 1, 1, module.BF16))
-    return shapes
+    # Which is fastest depends on sizes as on tokens; a set that has all of them serves every model.
+    for epilogue in module.EPILOGUES:
+        yield from module.all_configs(epilogue, asked.arch)
 
 
 def _grouped_shapes(module: Any, asked: Deployment) -> set[tuple[int, int, int, int, str]]:

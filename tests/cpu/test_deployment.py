@@ -150,6 +150,33 @@ def test_no_number_of_tokens_needs_another_kernel(name: str, family: deployment.
     assert found == configs(name, family.kernel, arch_of(family))
 
 
+def hopper_shapes(asked: Deployment) -> Iterator[tuple[int, int, int, int, int, str]]:
+    """n, k, groups, top_k, all experts and epilogue of every GEMM on Hopper; of a group with all tokens the two are 1."""
+    for rank in asked.ranks:
+        alone = [linear for parts in rank.input_linears().values() for linear in parts]
+        yield from ((linear.n, linear.k, 1, 1, 1, "bf16") for linear in [*rank.linears(), *alone])
+        yield (*rank.wo_a, rank.num_groups, 1, 1, "bf16")
+        for experts in rank.experts():
+            num_experts = experts.num_experts if experts.total == 1 else max(experts.num_experts, 2)
+            group, hidden = (num_experts, experts.top_k, experts.total), rank.model.hidden_size
+            yield (2 * experts.intermediate, hidden, *group, "swiglu")
+            yield (2 * experts.intermediate, hidden, *group, "swiglu_nvfp4")
+            yield (hidden, experts.intermediate, *group, "bf16")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("remembered")
+def test_hopper_needs_no_kernel_beyond_the_closed_set(name: str) -> None:
+    every = EveryBatch(deployment.deployment(MODELS[name], TP).ranks, "sm_90a")
+    have = configs(name, "GroupedGemmSm90", "sm_90a")
+    for n, k, num_groups, top_k, total, epilogue in sorted(set(hopper_shapes(every))):
+        for batch in every.batches():
+            tokens = workspace.large_group(max(batch, 1), top_k, total)
+            num_hit = workspace.expected_hit(batch, top_k, total, num_groups) if total > 1 else None
+            shape = grouped_gemm_sm90.Shape(tokens, n, k, num_groups, num_hit)
+            assert grouped_gemm_sm90.choose_config(shape, epilogue) in have, shape
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_closed_set_is(name: str) -> None:
     found = closed(name, "sm_100a")
