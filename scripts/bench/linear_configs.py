@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import common
@@ -47,6 +47,8 @@ CLASSES = (16, 32, gemm.MAX_SMALL_TILE_N)
 TERMS = ("step_us", "round_us", "fixed_us", "share_us")
 # Fewer rows would say nothing about as many terms. A choice within NEAR of the best is as good.
 MIN_ROWS, NEAR = 4, 1.02
+# Of a class and a spec: microseconds of each of TERMS, the rows' largest relative error, and how many they were.
+Fits = dict[tuple[str, str], tuple[list[float], float, int]]
 
 
 def fields(spec: str, tokens: int) -> dict[str, Any]:
@@ -58,9 +60,12 @@ def fields(spec: str, tokens: int) -> dict[str, Any]:
     tile_n = 1 << max(3, (tokens - 1).bit_length()) if tokens <= gemm.MAX_SMALL_TILE_N else gemm.LARGE_TILE_N
     found: dict[str, Any] = {"tile_w": int(tile[1]), "tile_n": tile_n if tile[2] == "N" else int(tile[2])}
     for part in parts:
-        if part != "even" and not re.fullmatch(rf"[{''.join(PARTS)}]\d+", part):
+        if part == "even":
+            found["even"] = True
+        elif re.fullmatch(rf"[{''.join(PARTS)}]\d+", part):
+            found[PARTS[part[0]]] = int(part[1:])
+        else:
             raise ValueError(f"spec {spec!r} has the part {part!r}, expected even, wS, kS or cC with a number")
-        found |= {"even": True} if part == "even" else {PARTS[part[0]]: int(part[1:])}
     return found
 
 
@@ -79,15 +84,13 @@ def weights(n: int, k: int, device: torch.device) -> tuple[torch.Tensor, list[Op
     return dequantize(codes, sf, scale_2), [Operand(*(t.clone() for t in operand)) for _ in range(copies)]
 
 
-def measure(
-    dense: torch.Tensor, copies: list[Operand], m: int, specs: Sequence[str], rounds: int
-) -> list[dict[str, Any]]:
+def measure(dense: torch.Tensor, copies: list[Operand], m: int, specs: list[str], rounds: int) -> list[dict[str, Any]]:
     """A row for each spec that has a kernel for m tokens; the others are named on stderr."""
     (n, k), device = dense.shape, dense.device
     sums = torch.zeros(gemm.sums_elements(device), dtype=torch.int32, device=device)
     xs = [torch.randn(m, k, device=device, dtype=torch.bfloat16) for _ in copies]
     ds = [torch.empty(m, n, device=device, dtype=torch.bfloat16) for _ in copies]
-    bf16 = [dense.bfloat16() for _ in range(common.num_copies(2 * n * k, device))] if "cublas" in specs else []
+    bf16 = [dense.bfloat16().t() for _ in range(common.num_copies(2 * n * k, device))] if "cublas" in specs else []
 
     def ours(x: torch.Tensor, operand: Operand, d: torch.Tensor, found: gemm.Config) -> torch.Tensor:
         with mock.patch.object(gemm, "choose_config", return_value=found):
@@ -96,16 +99,15 @@ def measure(
 
     variants, about, exact = [], {}, xs[0].float() @ dense.t()
     for spec in specs:
+        found = None
+        calls: list[common.Call] = [partial(torch.mm, x, w, out=d) for x, w, d in zip(xs, bf16, ds, strict=False)]
         try:
-            found = None if spec == "cublas" else config(spec, gemm.Shape(m, n, k))
+            if spec != "cublas":
+                found = config(spec, gemm.Shape(m, n, k))
+                calls = [partial(ours, *each, found) for each in zip(xs, copies, ds, strict=True)]
         except ValueError as error:
             print(f"not measured: {spec} at {m} tokens: {error}", file=sys.stderr)
             continue
-        calls: list[common.Call] = (
-            [partial(torch.mm, x, w.t(), out=d) for x, w, d in zip(xs, bf16, ds, strict=False)]
-            if found is None
-            else [partial(ours, *each, found) for each in zip(xs, copies, ds, strict=True)]
-        )
         variants.append(common.Variant(spec, calls))
         errors = common.errors(common.answer(calls[0]), exact)
         # Who leaves sums behind makes the next launch wrong.
@@ -127,17 +129,9 @@ def run(args: argparse.Namespace) -> int:
         for row in measure(*weights(*linear.sizes(name), device), m, args.specs, args.rounds):
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"shape": name} | row | shared) + "\n")
-            print(f"{name} m={m} {row['spec']}: {row['us']} us{'' if row['ok'] else ', WRONG ANSWER'}", flush=True)
+            print(f"{name} m={m} {row['spec']}: {row['us']} us{'' if row['ok'] else ', WRONG ANSWER'}", file=sys.stderr)
             wrong += not row["ok"]
     return 1 if wrong else 0
-
-
-class Fit(NamedTuple):
-    """Microseconds of each of TERMS, the largest relative error of the rows, and how many they were."""
-
-    times_us: list[float]
-    error: float
-    num_rows: int
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, str]:
@@ -148,29 +142,31 @@ def key_of(row: dict[str, Any]) -> tuple[str, str]:
 
 def factors(row: dict[str, Any]) -> list[float]:
     """How often each of TERMS is in a row's time: the time of the kernel's own model at one microsecond of that."""
-    found = {"cluster_w": 1, "num_consumers": 2} | fields(row["spec"], row["m"])
-    # The model has no clusters of weight tiles, and its times are for as many consumers as are chosen.
-    cluster_w, _ = found.pop("cluster_w"), found.pop("num_consumers")
-    split = gemm._Split(**found | {"tile_w": found["tile_w"] * cluster_w}, step_us=0.0, round_us=0.0)
-    shape, num_sms = gemm.Shape(row["m"], *linear.sizes(row["shape"])), hopper.ARCHS["sm_90a"].num_sms // cluster_w
-    return [gemm._time_us(shape, split._replace(**{term: 1.0}), num_sms) for term in TERMS]
+    found = {"cluster_w": 1, "even": False, "cluster_k": 1} | fields(row["spec"], row["m"])
+    # The model has no clusters of weight tiles: they are as larger tiles on fewer SMs.
+    sizes = found["tile_w"] * found["cluster_w"], found["tile_n"]
+    num_sms = hopper.ARCHS["sm_90a"].num_sms // found["cluster_w"]
+    split = gemm._Split(*sizes, 0.0, 0.0, even=found["even"], cluster_k=found["cluster_k"])
+    units: list[dict[str, Any]] = [{term: float(term == one) for term in TERMS} for one in TERMS]
+    shape = gemm.Shape(row["m"], *linear.sizes(row["shape"]))
+    return [gemm._time_us(shape, split._replace(**unit), num_sms) for unit in units]
 
 
-def fit(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Fit]:
+def fit(rows: Iterable[dict[str, Any]]) -> Fits:
     """For each class and spec with MIN_ROWS rows, the times without negative ones; of equally good ones, the fewest."""
     groups = defaultdict(list)
     for row in rows:
         if row["spec"] not in OTHERS and row["ok"]:
             groups[key_of(row)].append(row)
-    found = {}
-    for key, group in sorted(groups.items()):
-        if len(group) >= MIN_ROWS:
-            # Each row is divided by its time, so that all times are 1, and errors relative.
-            found[key] = _solve(torch.tensor([[x / row["us"] for x in factors(row)] for row in group]).double())
-    return found
+    # Each row is divided by its time, so that all times are 1, and errors relative.
+    return {
+        key: _solve(torch.tensor([[x / row["us"] for x in factors(row)] for row in group]).double())
+        for key, group in sorted(groups.items())
+        if len(group) >= MIN_ROWS
+    }
 
 
-def _solve(a: torch.Tensor) -> Fit:
+def _solve(a: torch.Tensor) -> tuple[list[float], float, int]:
     """Least squares of a x = 1, x >= 0: the best of all sets of columns, which are few."""
     best, least = torch.zeros(a.shape[1]).double(), float(len(a))
     used = [i for i in range(a.shape[1]) if a[:, i].any()]
@@ -180,15 +176,15 @@ def _solve(a: torch.Tensor) -> Fit:
         squares = float((a @ x - 1).square().sum())
         if (x >= 0).all() and squares < least - 1e-9:
             best, least = x, squares
-    return Fit(best.tolist(), float((a @ best - 1).abs().max()), len(a))
+    return best.tolist(), float((a @ best - 1).abs().max()), len(a)
 
 
-def slower(rows: Iterable[dict[str, Any]], fits: dict[tuple[str, str], Fit]) -> list[str]:
+def slower(rows: Iterable[dict[str, Any]], fits: Fits) -> list[str]:
     """Linears, in words, whose choice by the fits is slower than the best fitted spec of the same commit, beyond NEAR."""
     linears, found = defaultdict(list), []
     for row in rows:
         if key_of(row) in fits and row["ok"]:
-            guess = sum(x * us for x, us in zip(factors(row), fits[key_of(row)].times_us, strict=True))
+            guess = sum(x * us for x, us in zip(factors(row), fits[key_of(row)][0], strict=True))
             linears[row["shape"], row["m"], row["commit"]].append((guess, row["us"], row["spec"]))
     for (name, m, commit), specs in sorted(linears.items()):
         (_, us, choice), (_, best_us, best) = min(specs), min(specs, key=lambda one: one[1])
@@ -197,16 +193,17 @@ def slower(rows: Iterable[dict[str, Any]], fits: dict[tuple[str, str], Fit]) -> 
     return found
 
 
-def report(paths: Sequence[Path], ms: Sequence[int]) -> None:
+def report(paths: Sequence[Path], ms: Sequence[int]) -> int:
     """Prints the times fitted to the rows of files, and where they choose badly."""
-    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["m"] in ms]
+    lines = itertools.chain.from_iterable(path.read_text(encoding="utf-8").splitlines() for path in paths)
+    rows = [row for row in map(json.loads, lines) if row["m"] in ms]
     fits = fit(rows)
     print(f"{'tokens':>9}  {'spec':14}{'rows':>5}", *(f"{term:>9}" for term in TERMS), f"{'largest error':>14}")
-    for (tokens, spec), one in fits.items():
-        print(f"{tokens:>9}  {spec:14}{one.num_rows:>5}", *(f"{us:9.3f}" for us in one.times_us), f"{one.error:14.1%}")
+    for (tokens, spec), (times_us, error, num_rows) in fits.items():
+        print(f"{tokens:>9}  {spec:14}{num_rows:>5}", *(f"{us:9.3f}" for us in times_us), f"{error:14.1%}")
     found = slower(rows, fits)
     print(f"choices slower than the best by more than {NEAR - 1:.0%}: {len(found)}", *found, sep="\n  ")
+    return 0
 
 
 def main() -> int:
@@ -221,13 +218,9 @@ def main() -> int:
     parser.add_argument("--fit", type=Path, nargs="+", metavar="ROWS", help="fit the rows with --m of files instead")
     args = parser.parse_args()
     if args.fit:
-        report(args.fit, args.m)
-        return 0
-    try:
-        for spec in set(args.specs) - set(OTHERS):
-            fields(spec, 1)
-    except ValueError as error:
-        parser.error(str(error))
+        return report(args.fit, args.m)
+    for spec in set(args.specs) - set(OTHERS):
+        fields(spec, 1)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         parser.error("there is no Hopper GPU; --fit needs none")
     return run(args)

@@ -55,7 +55,7 @@ def test_unknown_part(configs: ModuleType, spec: str, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="expected"):
         configs.fields(spec, 8)
     monkeypatch.setattr(sys, "argv", ["linear_configs.py", "--specs", f"cublas;{spec}"])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ValueError, match="expected"):
         configs.main()
 
 
@@ -67,14 +67,14 @@ def test_rows(configs: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def compiled(config: gemm.Config) -> Any:
         def kernel(x: torch.Tensor, *others: Any) -> None:
             seen.append(config)
-            others[5].copy_(x.float() @ dense.t() * (1.5 if config.even else 1.0))
+            others[5].copy_(x.float() @ dense.t() * (1.5 if config.cluster_k == 2 else 1.0))
 
         return kernel
 
     monkeypatch.setattr(gemm, "compiled", compiled)
     rows = configs.measure(dense, copies, 3, ["cublas", "chosen", "128xN,k2", "128xN,even", "128xN,even,k2"], 2)
     assert [row["spec"] for row in rows] == ["cublas", "chosen", "128xN,k2", "128xN,even"]
-    assert [row["ok"] for row in rows] == [True, True, True, False]
+    assert [row["ok"] for row in rows] == [True, True, False, True]
     assert {str(config) for config in seen} == {row["config"] for row in rows[1:]}
     assert "not measured: 128xN,even,k2 at 3 tokens" in capsys.readouterr().err
 
@@ -86,19 +86,15 @@ def test_fit(configs: ModuleType) -> None:
     fits = configs.fit([*rows, wrong, peer])
     assert list(fits) == [("above 64", spec) for spec in TIMES_US]
     for spec, times in TIMES_US.items():
-        found = fits["above 64", spec]
-        assert found.times_us == pytest.approx(times, abs=1e-3)
-        assert (found.error < 1e-4, found.num_rows) == (True, 3 * len(configs.linear.SHAPES))
+        times_us, error, num_rows = fits["above 64", spec]
+        assert times_us == pytest.approx(times, abs=1e-3)
+        assert (error < 1e-4, num_rows) == (True, 3 * len(configs.linear.SHAPES))
     assert configs.slower(rows, fits) == []
-    slow = max(rows, key=lambda row: row["us"] if row["spec"] == "128xN" else 0)
     # The fits are as before, but what they choose was measured to be slower.
-    slowed = [
-        row | {"us": 1.5 * row["us"]} if row["shape"] == slow["shape"] and row["spec"] == "128xN" else row
-        for row in rows
-    ]
-    assert any(
-        line.startswith(f"{slow['shape']} m={slow['m']} (c0ffee): 128xN ") for line in configs.slower(slowed, fits)
-    )
+    best = min((row for row in rows if (row["shape"], row["m"]) == ("pro.wo_b", 256)), key=lambda row: row["us"])
+    slowed = [*(row for row in rows if row is not best), best | {"us": 1000.0}]
+    (line,) = configs.slower(slowed, fits)
+    assert line.startswith(f"pro.wo_b m=256 (c0ffee): {best['spec']} 1000.0 us, best ")
 
 
 def test_few_rows_are_not_fitted(configs: ModuleType) -> None:
@@ -108,7 +104,7 @@ def test_few_rows_are_not_fitted(configs: ModuleType) -> None:
 def test_rows_of_the_repository(
     configs: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The times in `_splits` that have not been changed since are those of the rows."""
+    """Times in `_splits` of clusters and of even shares, where tokens are many, are those of the rows."""
     path = root / "docs" / "bench" / "linear_configs.jsonl"
     monkeypatch.setattr(sys, "argv", ["linear_configs.py", "--fit", str(path)])
     assert configs.main() == 0
@@ -121,4 +117,4 @@ def test_rows_of_the_repository(
                 f"128x{'N' if split.tile_n == 128 else split.tile_n},{'even' if split.even else f'k{split.cluster_k}'}"
             )
             times = [getattr(split, term) for term in configs.TERMS]
-            assert fits["above 64", spec].times_us == pytest.approx(times, rel=0.03, abs=0.05)
+            assert fits["above 64", spec][0] == pytest.approx(times, rel=0.03, abs=0.05)
