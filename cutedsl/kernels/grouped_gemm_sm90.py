@@ -413,8 +413,8 @@ def _splits(tokens: int) -> tuple[_Split, ...]:
     """The splits for so many tokens.
 
     Source: one H200, ten linears of V4-Pro and V4-Flash at 1 to 512 tokens: scripts/bench/linear_configs.py --fit
-    docs/bench/linear_configs.jsonl; but by hand for tiles of 256 rows to 64 tokens, which two shapes have, and where 64 tokens
-    have too few rows. At 16 tokens as at 8.
+    docs/bench/linear_configs.jsonl; but by hand for tiles of 256 rows to 64 tokens, which two shapes have, and where 64
+    tokens have too few rows. At 16 tokens as at 8.
     """
     tile_n = 1 << max(3, (tokens - 1).bit_length())
     if tokens <= 16:
