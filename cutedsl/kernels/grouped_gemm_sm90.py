@@ -21,7 +21,7 @@ Scales. A block scale s is stored as its 8 upper bits of BF16 without the expone
 s * 2^118: a mask, or a rotation and a mask, make the BF16 numbers of two, and the multiplication takes either for both of
 its halves. The product, code * s * 2^-8, is normal or 0, and exact. The factor 2^8 that is left goes into alpha.
 
-Tiles are numbered, found and walked as in `grouped_gemm_swap_sm100`, by persistent CTAs: one warp loads, two warpgroups
+Tiles are numbered, found and walked as in `grouped_gemm_swap_sm100`, by persistent CTAs: one warp loads, 2 or 4 warpgroups
 decode, multiply and store. While a warpgroup decodes a lot of weights, the tensor cores work on the lot before, so that they
 idle only where decoding takes longer. Two lots take registers: where sums are many, lots are small. ptxas lets MMAs overlap
 with what follows only if a basic block has one lot of them at most, and if it finds the registers; otherwise it waits for

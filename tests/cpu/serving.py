@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def run_engine(folder: Path, model: Path, prompts: list[list[int]], max_tokens: 
     asked = {"prompts": prompts, "max_tokens": max_tokens, "llm": llm, "steps": options.get("steps", False)}
     job.write_text(json.dumps({"model": str(model), **asked}))
     return run_script("engine_run.py", job, folder / "out.json", options.get("env"))
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What stand-ins for servers share: silence, and an answer in one call."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, code: int, text: str = "") -> None:
+        """A status and a body, no headers."""
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(text.encode())
 
 
 def free_port() -> int:

@@ -8,12 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import free_port
+from serving import Answers, free_port
 from vllm_nvfp4 import probe, probe_plan, status
 from vllm_nvfp4.probe import Limits, Node
 from vllm_nvfp4.probe_machine import STEPS_METRIC, RealMachine, usage
@@ -39,15 +39,7 @@ def engine() -> Iterator[tuple[Engine, int]]:
     state = Engine()
     state.bodies = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def answer(self, code: int, text: str = "") -> None:
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
+    class Handler(Answers):
         def do_GET(self) -> None:
             if self.path == "/health":
                 self.answer(state.health)

@@ -3,12 +3,12 @@
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import load_test
 import pytest
-from serving import free_port
+from serving import Answers, free_port
 
 KEY = "the-key"
 
@@ -26,15 +26,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, str]]:
     state = Served()
     monkeypatch.setenv("VLLM_API_KEY", KEY)
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def answer(self, code: int, text: str = "") -> None:
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
+    class Handler(Answers):
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers["Content-Length"]))
             state.num_requests += 1

@@ -4,13 +4,13 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import warmup as script
-from serving import free_port, serve
+from serving import Answers, free_port, serve
 from vllm_nvfp4 import probe
 from vllm_nvfp4.status import read_all, read_limits, read_sweep, write_limits
 
@@ -36,15 +36,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, str]]:
     state.bodies = []
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def answer(self, code: int, text: str = "") -> None:
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
+    class Handler(Answers):
         def do_GET(self) -> None:
             if self.path == "/health":
                 self.answer(state.health)
