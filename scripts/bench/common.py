@@ -63,7 +63,7 @@ class Failures(dict[str, str]):
     """The first line of the error of each peer that failed, by name. Such a peer ends only itself."""
 
     def attempt(self, name: str, action: Callable[[], T]) -> T | None:
-        """What action returns; None if it fails, or this peer failed before. The errors of what is no peer are raised."""
+        """What action returns; None if it fails, or this peer failed before. Errors of what is no peer are raised."""
         if name in self:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Time of NVFP4 linears of DeepSeek-V4 on a GPU: ours in both activation modes, vLLM's Marlin and Humming, cuBLAS in BF16.
+"""Time of NVFP4 linears of DeepSeek-V4 on a GPU: ours in both activation modes, vLLM's Marlin and Humming, and cuBLAS.
 
     python scripts/bench/linear.py --peers marlin,humming,cublas --out rows.jsonl
     python scripts/bench/linear.py --shapes pro.wqa_wkv --m 1,32,4096 --seconds-budget 60
@@ -7,7 +7,8 @@
 Shapes are names below, beginnings of names, or NxK. How it is measured: `common`. Every call of a graph has its own
 weight and its own input. The share of HBM counts weight, scales, input and output once; cuBLAS reads its weight in BF16,
 3.6 times the bytes. Answers are compared with FP32 matrix products of the dequantized weight, and for W4A4 of the
-dequantized activation. Humming compiles its kernels for every M at the first call of a shape: not timed, but of the budget.
+dequantized activation. Humming compiles its kernels for every M (about 33) at the first call of a shape: not timed, but
+taken from --seconds-budget.
 """
 
 import math
@@ -138,7 +139,7 @@ class Linear:
 
 
 def _humming(packed: PackedTensor, n: int, k: int) -> torch.nn.Module:
-    """A layer as vLLM's Humming kernel wants it, prepared by vLLM: W4A16, as on Hopper a W4A4 layer becomes one as well."""
+    """A layer as vLLM's Humming kernel wants it, prepared by vLLM: W4A16, which it makes of W4A4 on Hopper, too."""
     from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
     from vllm.model_executor.kernels.linear.nvfp4.humming import HummingNvFp4LinearKernel
 

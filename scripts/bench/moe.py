@@ -8,8 +8,8 @@ Shapes are v4-pro and v4-flash whole on one GPU (beginnings will do), or HIDDENx
 measured: `common`. Tokens choose experts evenly and at random, anew in every round; every call of a graph has its own
 choices and its own input, and already one token's experts are larger than the L2. From the choices to the weighted sum
 everything is timed. Bytes are those of the experts that were chosen. Answers of a few tokens are compared with FP32 matrix
-products of dequantized weights, and for W4A4 of dequantized activations. Humming compiles its kernels for every M at the
-first call of a shape: not timed, but of the budget.
+products of dequantized weights, and for W4A4 of dequantized activations. Humming compiles its kernels for every M (about
+30) at the first call of a shape: not timed, but taken from --seconds-budget.
 """
 
 import sys

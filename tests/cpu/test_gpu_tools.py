@@ -164,6 +164,16 @@ def test_a_peer_that_fails_ends_only_itself(
     assert output.err == f"FAILED PEER: {LINEAR} humming: {message}\n"
 
 
+def test_vllm_says_why_there_is_no_humming(bench: dict) -> None:
+    """vLLM is asked by the names and with the arguments that it has, as far as a CPU goes."""
+    linear, moe = bench["linear"], bench["moe"]
+    cpu = {"device": torch.device("cpu"), "provider": "reference", "activations": [], "peers": ["humming"]}
+    args = type("Args", (), cpu)
+    assert linear.Linear(256, 128, args).failures == {"humming": "RuntimeError: Humming only supported on CUDA"}
+    failures = moe.Moe(moe.Shape(256, 128, 4, 2), args).failures
+    assert failures["humming"].startswith("ValueError: NvFp4 MoE backend 'HUMMING' does not support the deployment")
+
+
 def test_a_peer_that_cannot_be_recorded_is_left_out(bench: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     common = bench["common"]
     right = common.recorded
