@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Call = Callable[[], torch.Tensor]
+T = TypeVar("T")
 # A graph's operands are at least this many times the L2.
 COLD = 4
 # Cycles, about half a millisecond: the host puts the events and the graph into the queue meanwhile.
@@ -56,6 +57,27 @@ def errors(y: torch.Tensor, exact: torch.Tensor) -> Errors:
     off, size = (found - exact).norm(dim=1), exact.norm(dim=1).clamp(min=1e-30)
     cosine = (found * exact).sum() / (found.norm() * exact.norm()).clamp(min=1e-30)
     return Errors(float(off.norm() / size.norm()), float((off / size).max()), float(cosine))
+
+
+class Failures(dict[str, str]):
+    """The first line of the error of each peer that failed, by name. Such a peer ends only itself."""
+
+    def attempt(self, name: str, action: Callable[[], T]) -> T | None:
+        """What action returns; None if it fails, or this peer failed before. Errors of what is no peer are raised."""
+        if name in self:
+            return None
+        try:
+            return action()
+        except Exception as error:
+            if name not in PEERS:
+                raise
+            self[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return None
+
+    def attempt_all(self, variants: Sequence["Variant"], action: Callable[["Variant"], T]) -> dict[str, T]:
+        """What action returns for each variant that does not fail."""
+        found = {variant.name: self.attempt(variant.name, functools.partial(action, variant)) for variant in variants}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def answer(call: Call) -> torch.Tensor:
@@ -129,7 +151,11 @@ def seconds(replay: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    variants: Sequence[Variant], rounds: int, device: torch.device, before: Callable[[int], None] = lambda number: None
+    variants: Sequence[Variant],
+    rounds: int,
+    device: torch.device,
+    before: Callable[[int], None] = lambda number: None,
+    failures: Failures | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of a call of each variant in each round.
 
@@ -138,14 +164,23 @@ def interleaved(
         rounds: counted; one more comes first.
         device: of the operands.
         before: called with a round's number before it; changes operands in place. Not timed.
+        failures: of peers, which are left out; those are added whose calls cannot be recorded. None: that is an error.
     """
-    replays = [recorded(variant, device) for variant in variants]
+
+    def record(variant: Variant) -> Callable[[], object]:
+        return recorded(variant, device)
+
+    if failures is None:
+        replays = {variant.name: record(variant) for variant in variants}
+    else:
+        replays = failures.attempt_all(variants, record)
+    variants = [variant for variant in variants if variant.name in replays]
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(rounds + 1):
         before(number)
         for i in range(len(variants)):
             which = (i + number) % len(variants)
-            spent = seconds(replays[which], device) / len(variants[which].calls)
+            spent = seconds(replays[variants[which].name], device) / len(variants[which].calls)
             # The first round warms clocks and caches of instructions up.
             if number:
                 times[variants[which].name].append(spent)
@@ -280,8 +315,12 @@ class Table:
         times: Mapping[str, Sequence[float]],
         found: Mapping[str, Errors],
         work: Mapping[str, Work],
+        failures: Mapping[str, str],
     ) -> None:
-        """Adds a row for each variant: fields, its times, its errors, its rates, and how much faster it is than peers."""
+        """Adds a row for each variant: fields, its times, its errors, its rates, and how much faster it is than peers.
+
+        For a peer that failed: fields and its error.
+        """
         medians = {name: spread(values) for name, values in times.items()}
         for name, took in medians.items():
             per_s, error = took.us * 1e-6, found[name]
@@ -295,15 +334,18 @@ class Table:
             row |= {key: float(f"{value:.3g}") for key, value in error._asdict().items() if key != "cosine"}
             row |= {"cosine": round(error.cosine, 6), "ok": error.ok}
             row |= {f"x_{peer}": round(medians[peer].us / took.us, 2) for peer in PEERS if peer in medians}
-            self.rows.append(row)
-            self._write(row | self._common)
+            self._append(row)
+        for name, message in failures.items():
+            self._append(dict(fields) | {"variant": name, "error": message})
 
-    def _write(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        line = json.dumps(row | self._common)
         if self.out is None:
-            print(json.dumps(row), flush=True)
+            print(line, flush=True)
             return
         with self.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line + "\n")
 
     def print(self) -> None:
         """The table, a line each."""
@@ -318,10 +360,16 @@ class Table:
     @property
     def wrong(self) -> list[str]:
         """Rows whose answer was not right, in words."""
-        return [f"{row['shape']} m={row['m']} {row['variant']}" for row in self.rows if not row["ok"]]
+        return [f"{row['shape']} m={row['m']} {row['variant']}" for row in self.rows if not row.get("ok", True)]
+
+    @property
+    def failed(self) -> list[str]:
+        """The peers that failed, each once a shape, in words."""
+        failed = [f"{row['shape']} {row['variant']}: {row['error']}" for row in self.rows if "error" in row]
+        return list(dict.fromkeys(failed))
 
 
-PEERS = ("marlin", "cublas")
+PEERS = ("marlin", "humming", "cublas")
 COLUMNS = (
     "shape", "m", "variant", "us", "low_us", "high_us", "weight_gb_per_s", "of_hbm", "tflop_per_s", "of_bf16",
     "relative", "worst_row",
@@ -352,7 +400,7 @@ def main(
         measure: see above.
 
     Returns:
-        The exit code: 1 if an answer was wrong.
+        The exit code: 1 if an answer was wrong. A peer that failed is named, and does not change it.
     """
     args = _parse(_parser(description, ms, peers), peers, known)
     budget = Budget(args.seconds_budget)
@@ -364,6 +412,8 @@ def main(
     table.print()
     if skipped:
         print(f"not run, as the time was up: {', '.join(skipped)}")
+    for failed in table.failed:
+        print(f"FAILED PEER: {failed}", file=sys.stderr)
     if table.wrong:
         print(f"WRONG ANSWERS: {', '.join(table.wrong)}", file=sys.stderr)
     return 1 if table.wrong else 0

@@ -1,13 +1,14 @@
-"""Time of NVFP4 linears of DeepSeek-V4 on a GPU: ours in both activation modes, vLLM's Marlin, and cuBLAS in BF16.
+"""Time of NVFP4 linears of DeepSeek-V4 on a GPU: ours in both activation modes, vLLM's Marlin and Humming, and cuBLAS.
 
-    python scripts/bench/linear.py --peers marlin,cublas --out rows.jsonl
+    python scripts/bench/linear.py --peers marlin,humming,cublas --out rows.jsonl
     python scripts/bench/linear.py --shapes pro.wqa_wkv --m 1,32,4096 --seconds-budget 60
     python scripts/bench/linear.py --device cpu --provider reference --shapes 128x256 --m 1,3 --rounds 2    # a rehearsal
 
 Shapes are names below, beginnings of names, or NxK. How it is measured: `common`. Every call of a graph has its own
 weight and its own input. The share of HBM counts weight, scales, input and output once; cuBLAS reads its weight in BF16,
 3.6 times the bytes. Answers are compared with FP32 matrix products of the dequantized weight, and for W4A4 of the
-dequantized activation.
+dequantized activation. Humming compiles its kernels for every M (about 33) at the first call of a shape: not timed, but
+taken from --seconds-budget.
 """
 
 import math
@@ -42,7 +43,7 @@ SHAPES = {
     "flash.shared_l2": (4096, 2048),
 }
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
-PEERS = ("marlin", "cublas")
+PEERS = ("marlin", "humming", "cublas")
 # Tensor scale of inputs from a normal distribution: the largest of them are about 6.
 INPUT_SCALE = 6 / 2688
 # Bytes of code and block scale of a weight; of a BF16 number.
@@ -64,10 +65,14 @@ class Linear:
         self.weights = self._weights(common.num_copies(self._call_bytes("ours", 1), args.device))
         self.input_scale = torch.tensor([INPUT_SCALE], device=args.device)
         self.ours = {mode: [self._runner(packed, mode) for packed in self.weights] for mode in args.activations}
-        self.marlin = [_marlin(packed, n, k) for packed in self.weights] if "marlin" in args.peers else []
         num_dense = common.num_copies(self._call_bytes("cublas", 1), args.device)
-        dense = self.weights[:num_dense] if "cublas" in args.peers else []
-        self.dense = [dequantize(*packed).bfloat16() for packed in dense]
+        prepare = {
+            "marlin": lambda: [_marlin(packed, n, k) for packed in self.weights],
+            "humming": lambda: [_humming(packed, n, k) for packed in self.weights],
+            "cublas": lambda: [dequantize(*packed).bfloat16() for packed in self.weights[:num_dense]],
+        }
+        self.failures = common.Failures()
+        self.peers = {name: self.failures.attempt(name, prepare[name]) for name in PEERS if name in args.peers}
 
     def _call_bytes(self, name: str, m: int) -> int:
         weight = self.n * self.k * (BF16_BYTES if name == "cublas" else NVFP4_BYTES)
@@ -98,7 +103,7 @@ class Linear:
         def ours(x: torch.Tensor, runner: LinearRunner) -> common.Call:
             return lambda: linear_op(x, runner.runner_id)
 
-        def marlin(x: torch.Tensor, layer: SimpleNamespace) -> common.Call:
+        def vllm(x: torch.Tensor, layer: Any) -> common.Call:
             return lambda: layer.kernel.apply_weights(layer, x)
 
         def cublas(x: torch.Tensor, weight: torch.Tensor) -> common.Call:
@@ -108,8 +113,9 @@ class Linear:
             common.Variant(f"ours {mode}", [ours(*pair) for pair in zip(xs, runners, strict=False)])
             for mode, runners in self.ours.items()
         ]
-        for name, call, operands in (("marlin", marlin, self.marlin), ("cublas", cublas, self.dense)):
-            if operands:
+        for name, operands in self.peers.items():
+            if operands is not None:
+                call = cublas if name == "cublas" else vllm
                 found.append(common.Variant(name, [call(*pair) for pair in zip(xs, operands, strict=False)]))
         return found
 
@@ -117,18 +123,44 @@ class Linear:
         """Of each variant's first call."""
         rows = torch.linspace(0, len(self.x) - 1, min(len(self.x), ROWS_COMPARED)).long().to(self.device)
         w = dequantize(*self.weights[0])
-        found = {}
-        for variant in variants:
+
+        def errors(variant: common.Variant) -> common.Errors:
             x = self.x[rows].float()
             if variant.name == "ours nvfp4":
                 x = dequantize(*quantize_activation(x, self.input_scale), self.input_scale)
-            found[variant.name] = common.errors(common.answer(variant.calls[0])[rows], x @ w.t())
-        return found
+            return common.errors(common.answer(variant.calls[0])[rows], x @ w.t())
+
+        return self.failures.attempt_all(variants, errors)
 
     def work(self, name: str, m: int) -> common.Work:
         """What a call of a variant must do."""
         weight = self._call_bytes(name, 0)
         return common.Work(weight, self._call_bytes(name, m), 2 * m * self.n * self.k)
+
+
+def _humming(packed: PackedTensor, n: int, k: int) -> torch.nn.Module:
+    """A layer as vLLM's Humming kernel wants it, prepared by vLLM: W4A16, which it makes of W4A4 on Hopper, too."""
+    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
+    from vllm.model_executor.kernels.linear.nvfp4.humming import HummingNvFp4LinearKernel
+
+    supported, reason = HummingNvFp4LinearKernel.is_supported()
+    if not supported:
+        raise RuntimeError(reason)
+    layer = torch.nn.Module()
+    layer.weight = _parameter(packed.weight.clone())
+    layer.weight_scale = _parameter(packed.weight_scale.clone())
+    layer.weight_global_scale = _parameter(packed.weight_scale_2.clone())
+    layer.output_partition_sizes = [n]
+    layer.input_size_per_partition = k
+    layer.params_dtype = torch.bfloat16
+    layer.has_bias = False
+    layer.kernel = HummingNvFp4LinearKernel(NvFp4LinearLayerConfig())
+    layer.kernel.process_weights_after_loading(layer)
+    return layer
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def _marlin(packed: PackedTensor, n: int, k: int) -> SimpleNamespace:
@@ -169,9 +201,10 @@ def measure(name: str, args: Any, table: common.Table, budget: common.Budget) ->
             continue
         variants = operands.variants(m)
         found = operands.errors(variants)
-        times = common.interleaved(variants, args.rounds, args.device)
+        times = common.interleaved(variants, args.rounds, args.device, failures=operands.failures)
         work = {variant.name: operands.work(variant.name, m) for variant in variants}
-        table.add({"bench": "linear", "shape": name, "m": m, "n": n, "k": k}, times, found, work)
+        fields = {"bench": "linear", "shape": name, "m": m, "n": n, "k": k}
+        table.add(fields, times, found, work, operands.failures)
     registry.clear()
     return skipped
 

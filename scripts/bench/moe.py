@@ -1,6 +1,6 @@
-"""Time of DeepSeek-V4's routed experts in NVFP4 on a GPU: ours in both activation modes, and vLLM's Marlin.
+"""Time of DeepSeek-V4's routed experts in NVFP4 on a GPU: ours in both activation modes, vLLM's Marlin and Humming.
 
-    python scripts/bench/moe.py --peers marlin --out rows.jsonl
+    python scripts/bench/moe.py --peers marlin,humming --out rows.jsonl
     python scripts/bench/moe.py --shapes flash --m 8,64,4096 --seconds-budget 60
     python scripts/bench/moe.py --device cpu --provider reference --shapes 64x32x8x2 --m 1,5 --rounds 2    # a rehearsal
 
@@ -8,7 +8,8 @@ Shapes are v4-pro and v4-flash whole on one GPU (beginnings will do), or HIDDENx
 measured: `common`. Tokens choose experts evenly and at random, anew in every round; every call of a graph has its own
 choices and its own input, and already one token's experts are larger than the L2. From the choices to the weighted sum
 everything is timed. Bytes are those of the experts that were chosen. Answers of a few tokens are compared with FP32 matrix
-products of dequantized weights, and for W4A4 of dequantized activations.
+products of dequantized weights, and for W4A4 of dequantized activations. Humming compiles its kernels for every M (about
+30) at the first call of a shape: not timed, but taken from --seconds-budget.
 """
 
 import sys
@@ -38,7 +39,7 @@ class Shape(NamedTuple):
 # Source: cutedsl.deployment.MODELS.
 SHAPES = {"v4-pro": Shape(7168, 3072, 384, 6), "v4-flash": Shape(4096, 2048, 256, 6)}
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
-PEERS = ("marlin",)
+PEERS = ("marlin", "humming")
 SWIGLU_LIMIT = 10.0
 # Tensor scale of numbers from a normal distribution: the largest of them are about 6.
 INPUT_SCALE = 6 / 2688
@@ -114,7 +115,9 @@ class Moe:
     def __init__(self, shape: Shape, args: Any) -> None:
         self.shape, self.args, self.device = shape, args, args.device
         self.experts = Experts.random(shape, args.device)
-        self.marlin = _Marlin(self.experts, shape) if "marlin" in args.peers else None
+        prepare = {"marlin": lambda: _Marlin(self.experts, shape), "humming": lambda: _Humming(self.experts, shape)}
+        self.failures = common.Failures()
+        self.peers = {name: self.failures.attempt(name, prepare[name]) for name in PEERS if name in args.peers}
         self.ours = {
             mode: MoeRunner(
                 "bench", **self.experts.clone(), swiglu_limit=SWIGLU_LIMIT, backend=args.provider, activations=mode
@@ -135,7 +138,7 @@ class Moe:
         def ours(runner: MoeRunner, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> common.Call:
             return lambda: moe_op(x, weights, ids, runner.runner_id)
 
-        def marlin(peer: "_Marlin", x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> common.Call:
+        def theirs(peer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> common.Call:
             return lambda: peer(x, weights, ids)
 
         inputs = list(zip(self.xs, self.weights, self.ids, strict=True))
@@ -143,8 +146,11 @@ class Moe:
             common.Variant(f"ours {mode}", [ours(runner, *call) for call in inputs])
             for mode, runner in self.ours.items()
         ]
-        if self.marlin is not None:
-            found.append(common.Variant("marlin", [marlin(self.marlin, *call) for call in inputs]))
+        found += [
+            common.Variant(name, [theirs(peer, *call) for call in inputs])
+            for name, peer in self.peers.items()
+            if peer is not None
+        ]
         return found
 
     def choose(self, number: int) -> None:
@@ -161,10 +167,11 @@ class Moe:
         m = len(self.xs[0])
         rows = torch.linspace(0, m - 1, min(m, TOKENS_COMPARED)).long().to(self.device)
         exact = {w4a4: self._exact(rows, w4a4) for w4a4 in {variant.name == "ours nvfp4" for variant in variants}}
-        return {
-            variant.name: common.errors(common.answer(variant.calls[0])[rows], exact[variant.name == "ours nvfp4"])
-            for variant in variants
-        }
+
+        def errors(variant: common.Variant) -> common.Errors:
+            return common.errors(common.answer(variant.calls[0])[rows], exact[variant.name == "ours nvfp4"])
+
+        return self.failures.attempt_all(variants, errors)
 
     def _exact(self, rows: torch.Tensor, w4a4: bool) -> torch.Tensor:
         """(rows, H) fp32: the sum over choices, with activations rounded to NVFP4 or not at all."""
@@ -251,6 +258,65 @@ class _Marlin:
         )
 
 
+class _Humming:
+    """vLLM's Humming MoE kernel, chosen, prepared and called as ModelOpt's method does: W4A16."""
+
+    def __init__(self, experts: Experts, shape: Shape) -> None:
+        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+        from vllm.model_executor.layers.fused_moe.config import (
+            FusedMoEConfig,
+            FusedMoEParallelConfig,
+            RoutingMethodType,
+        )
+        from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import make_nvfp4_moe_kernel, select_nvfp4_moe_backend
+        from vllm.model_executor.layers.quantization.utils import humming
+        from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
+
+        common.vllm_workspace(experts.w13_weight.device)
+        self.activation = MoEActivation.SILU
+        config = FusedMoEConfig(
+            num_experts=shape.num_experts,
+            experts_per_token=shape.top_k,
+            hidden_dim=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_local_experts=shape.num_experts,
+            num_logical_experts=shape.num_experts,
+            activation=self.activation,
+            device=experts.w13_weight.device,
+            routing_method=RoutingMethodType.DeepseekV4,
+            moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+            in_dtype=torch.bfloat16,
+            moe_backend="humming",
+            swiglu_limit=SWIGLU_LIMIT,
+        )
+        backend, experts_class = select_nvfp4_moe_backend(config, kNvfp4Static, kNvfp4Dynamic)
+        self.layer = torch.nn.Module()
+        self.layer.layer_name, self.layer.moe_config, self.layer.params_dtype = "bench", config, torch.bfloat16
+        for name, tensor in vars(experts).items():
+            # vLLM's function puts tensors of its own in place of these.
+            setattr(self.layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+        humming.convert_to_humming_moe_kernel_format(self.layer, {"quant_method": "modelopt", "quant_algo": "nvfp4"})
+        quant_config = humming.get_humming_moe_quant_config(self.layer, gemm1_clamp_limit=SWIGLU_LIMIT)
+        self.kernel = make_nvfp4_moe_kernel(quant_config, config, experts_class, backend)
+
+    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """x (T, H) -> (T, H)."""
+        from vllm.forward_context import ForwardContext, override_forward_context
+
+        with override_forward_context(ForwardContext(no_compile_layers={}, attn_metadata={}, slot_mapping={})):
+            return self.kernel.apply(
+                x,
+                self.layer.w13_weight,
+                self.layer.w2_weight,
+                topk_weights,
+                topk_ids,
+                activation=self.activation,
+                global_num_experts=len(self.layer.w13_weight),
+                expert_map=None,
+                apply_router_weight_on_input=False,
+            )
+
+
 def measure(name: str, args: Any, table: common.Table, budget: common.Budget) -> list[str]:
     """Adds the rows of one shape; returns what there was no time for."""
     shape = SHAPES[name] if name in SHAPES else Shape(*map(int, name.split("x")))
@@ -265,10 +331,10 @@ def measure(name: str, args: Any, table: common.Table, budget: common.Budget) ->
             continue
         variants = layer.variants(m)
         found = layer.errors(variants)
-        times = common.interleaved(variants, args.rounds, args.device, layer.choose)
+        times = common.interleaved(variants, args.rounds, args.device, layer.choose, layer.failures)
         work = layer.work(m)
         fields = {"bench": "moe", "shape": name, "m": m, "experts": layer.experts_hit} | shape._asdict()
-        table.add(fields, times, found, {variant.name: work for variant in variants})
+        table.add(fields, times, found, {variant.name: work for variant in variants}, layer.failures)
     registry.clear()
     return skipped
 

@@ -103,6 +103,123 @@ def test_a_wrong_answer(
     assert '"ok": false' in found.out
 
 
+class OfVllm:
+    """Stands for a linear of vLLM's: a layer and its kernel. Its call of this number raises an error."""
+
+    def __init__(self, weight: torch.Tensor, fails_at: int) -> None:
+        self.kernel, self.weight, self.num_calls, self.fails_at = self, weight, 0, fails_at
+
+    def apply_weights(self, layer: object, x: torch.Tensor) -> torch.Tensor:
+        assert layer is self
+        self.num_calls += 1
+        if self.num_calls == self.fails_at:
+            raise RuntimeError("no kernel for this\n(a long explanation)")
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def stand_in(bench: dict, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    """In the place of Humming's linears; 0: they cannot be prepared."""
+
+    def prepare(packed: Any, n: int, k: int) -> OfVllm:
+        if fails_at == 0:
+            raise AssertionError
+        return OfVllm(bench["linear"].dequantize(*packed).bfloat16(), fails_at)
+
+    monkeypatch.setattr(bench["linear"], "_humming", prepare)
+
+
+# A weight is called six times for each m: twice for the answer that is compared, and in four rounds.
+@pytest.mark.parametrize(
+    ("fails_at", "good", "message"),
+    [
+        (0, [], "AssertionError: "),
+        (1, [], "RuntimeError: no kernel for this"),
+        (2, [], "RuntimeError: no kernel for this"),
+        (7, [1], "RuntimeError: no kernel for this"),
+    ],
+)
+def test_a_peer_that_fails_ends_only_itself(
+    bench: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails_at: int,
+    good: list[int],
+    message: str,
+) -> None:
+    stand_in(bench, monkeypatch, fails_at)
+    assert run(bench, "linear", monkeypatch, "--shapes", LINEAR, "--m", "1,2", "--peers", "humming,cublas") == 0
+    output = capsys.readouterr()
+    found = [json.loads(line) for line in output.out.splitlines() if line.startswith("{")]
+    for m in (1, 2):
+        of_m = {row["variant"]: row for row in found if row["m"] == m}
+        assert list(of_m)[:2] == ["ours bf16", "ours nvfp4"]
+        assert set(of_m) == {"ours bf16", "ours nvfp4", "humming", "cublas"}
+        assert of_m["ours bf16"]["x_cublas"] > 0
+        assert ("x_humming" in of_m["ours bf16"]) == (m in good)
+        if m in good:
+            assert of_m["humming"]["ok"]
+        else:
+            assert of_m["humming"]["error"] == message
+            assert (of_m["humming"]["n"], "us" in of_m["humming"]) == (48, False)
+    assert output.err == f"FAILED PEER: {LINEAR} humming: {message}\n"
+
+
+def test_vllm_says_why_there_is_no_humming(bench: dict) -> None:
+    """vLLM is asked by the names and with the arguments that it has, as far as a CPU goes."""
+    linear, moe = bench["linear"], bench["moe"]
+    cpu = {"device": torch.device("cpu"), "provider": "reference", "activations": [], "peers": ["humming"]}
+    args = type("Args", (), cpu)
+    assert linear.Linear(256, 128, args).failures == {"humming": "RuntimeError: Humming only supported on CUDA"}
+    failures = moe.Moe(moe.Shape(256, 128, 4, 2), args).failures
+    assert failures["humming"].startswith("ValueError: NvFp4 MoE backend 'HUMMING' does not support the deployment")
+
+
+def test_a_peer_that_cannot_be_recorded_is_left_out(bench: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = bench["common"]
+    right = common.recorded
+
+    def recorded(variant: Any, device: torch.device) -> Any:
+        if variant.name != "ours bf16":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return right(variant, device)
+
+    monkeypatch.setattr(common, "recorded", recorded)
+    ours, peer, no_peer = (common.Variant(name, [lambda: torch.ones(1)]) for name in ("ours bf16", "marlin", "triton"))
+    failures = common.Failures()
+    cpu = torch.device("cpu")
+    assert list(common.interleaved([ours, peer], 2, cpu, failures=failures)) == ["ours bf16"]
+    assert failures == {"marlin": "RuntimeError: operation not permitted when stream is capturing"}
+    for variants, known in (([ours, peer], None), ([ours, no_peer], failures)):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            common.interleaved(variants, 2, cpu, failures=known)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_peers_of_experts(
+    bench: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prepared: bool
+) -> None:
+    moe = bench["moe"]
+
+    def prepare(experts: Any, shape: Any) -> Any:
+        if not prepared:
+            raise ValueError("NvFp4 MoE backend 'HUMMING' does not support the deployment configuration")
+        limit = moe.SWIGLU_LIMIT
+        runner = moe.MoeRunner("peer", **experts.clone(), swiglu_limit=limit, backend="reference", activations="bf16")
+        return lambda x, weights, ids: moe.moe_op(x, weights, ids, runner.runner_id)
+
+    monkeypatch.setattr(moe, "_Humming", prepare)
+    arguments = ("--shapes", MOE, "--m", "1,5", "--activations", "bf16", "--peers", "humming")
+    assert run(bench, "moe", monkeypatch, *arguments) == 0
+    found = rows(capsys)
+    assert [(row["m"], row["variant"]) for row in found] == [
+        (m, name) for m in (5, 1) for name in ("ours bf16", "humming")
+    ]
+    for ours, peer in zip(found[::2], found[1::2], strict=True):
+        assert ("x_humming" in ours) == prepared
+        assert peer["experts"] == ours["experts"]
+        assert peer["relative"] == ours["relative"] if prepared else "HUMMING" in peer["error"]
+
+
 def test_what_there_is_no_time_for_is_named(
     bench: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +231,7 @@ def test_what_there_is_no_time_for_is_named(
     ("arguments", "message"),
     [
         (("--shapes", "turbo"), "no shape begins with 'turbo'; known: pro.wqa_wkv, "),
-        (("--peers", "marlin,triton"), "--peers: triton is not one of marlin, cublas"),
+        (("--peers", "marlin,triton"), "--peers: triton is not one of marlin, humming, cublas"),
         (("--activations", "fp8"), "--activations: fp8 is not one of bf16, nvfp4"),
         (("--rounds", "0"), "expected numbers of at least 1"),
         (("--m", "0"), "expected numbers of at least 1"),
