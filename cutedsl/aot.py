@@ -157,7 +157,7 @@ class KernelSet:
         else:
             lacking = sorted(set(self.manifest.get("cpu_features", ())) - set(cpu_features.of_this_cpu()))
             if lacking:
-                source = self.manifest.get("cpu_features_from", "the building CPU")
+                source = self.manifest.get("cpu_features_from")
                 found.append(f"built for a CPU with {', '.join(lacking)}, which this one lacks (as told by {source})")
         return found
 
