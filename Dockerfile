@@ -7,8 +7,8 @@
 # build        our wheel, and every kernel of ours compiled for every architecture. No GPU is needed.
 # image        base, the wheel, the kernels, scripts; then the check, which ends the build where something does not fit.
 #
-# Host code of the kernels is made for the building machine's CPU: build on the oldest CPU that will serve, or the
-# server refuses the set and names the features that its CPU lacks.
+# Host code of the kernels is made for the building machine's CPU. The set's manifest lists the features that the code
+# uses (`cpu_features`); a server whose CPU lacks one of them refuses the set and names it.
 
 ARG FLAVOR=gpu
 # tests/image/test_dockerfile.py holds both to versions.env.
@@ -48,6 +48,10 @@ ARG KERNEL_MODEL=deepseek-v4-pro
 ARG KERNEL_ARCHS
 ARG KERNEL_TP=1,2,4,8
 WORKDIR /src
+# Finds what the manifest lists, from the index that pip knows. Not for the image, though the lock of the flavor cpu has it.
+COPY requirements/build.lock ./
+RUN python3 -m pip --disable-pip-version-check --no-cache-dir --quiet install --root-user-action=ignore --no-deps \
+    --require-hashes -r build.lock
 # Kernels first, which take a minute or two: a change to the overlay does not compile them again.
 COPY cutedsl cutedsl
 RUN python3 -m cutedsl.aot build --model "${KERNEL_MODEL}" --arch "${KERNEL_ARCHS}" --tp "${KERNEL_TP}" --out /out/aot

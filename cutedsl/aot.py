@@ -13,8 +13,9 @@ and without a path, so that a set can be moved: libcute_dsl_runtime.so of nvidia
 and libtvm_ffi.so of apache-tvm-ffi. Both are loaded before the first object.
 
 The hard part is to refuse a set that does not fit, rather than to run it: other sources would give other results, and the
-host code is compiled for the very CPU that builds, with all of its instructions, which the compiler offers no way to
-lower. So the manifest names the CPU's features, and a machine without one of them refuses the set.
+host code is compiled for the very CPU that builds, which the compiler offers no way to lower. So the manifest names the
+CPU features that the host code's instructions need, as found in the objects (`cutedsl.cpu_features`), and a machine without
+one of them refuses the set. Where they cannot be found, all features of the building CPU are named, and the build says so.
 
 Exit codes: 0 done, 1 the set is refused or a kernel did not compile, 64 the command itself is wrong.
 """
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cutedsl import compile as compiler
+from cutedsl import cpu_features
 
 if TYPE_CHECKING:
     from cutedsl.deployment import Variant
@@ -48,11 +50,6 @@ FORMAT = "nvfp4-kernels-1"
 USAGE_ERROR = 64
 _DUMPED = "dumped"
 _RUNTIME = "libcute_dsl_runtime.so"
-# What a compiler may use of a CPU, by the beginnings of the names in /proc/cpuinfo (x86-64, AArch64).
-_CPU_FEATURES = (
-    "adx", "aes", "amx", "avx", "bmi", "f16c", "fma", "gfni", "lzcnt", "movbe", "pclmul", "popcnt", "sha", "sse", "ssse",
-    "vaes", "vpclmul", "xop", "asimd", "atomics", "bf16", "dotprod", "fp", "i8mm", "lrcpc", "rcpc", "sve",
-)  # fmt: skip
 
 
 class StaleSetError(RuntimeError):
@@ -158,11 +155,10 @@ class KernelSet:
         if self.manifest.get("machine") != platform.machine():
             found.append(f"built on {self.manifest.get('machine')}, this is {platform.machine()}")
         else:
-            lacking = sorted(set(self.manifest.get("cpu_features", ())) - set(cpu_features()))
+            lacking = sorted(set(self.manifest.get("cpu_features", ())) - set(cpu_features.of_this_cpu()))
             if lacking:
-                found.append(
-                    f"built on a CPU with {', '.join(lacking)}, which this one lacks: build on the older machine"
-                )
+                source = self.manifest.get("cpu_features_from")
+                found.append(f"built for a CPU with {', '.join(lacking)}, which this one lacks (as told by {source})")
         return found
 
     def _source_problems(self) -> list[str]:
@@ -237,15 +233,6 @@ def runtime_libraries() -> list[str]:
     return [*named, str(found[-1])]
 
 
-def cpu_features() -> list[str]:
-    """This CPU's features that machine code may depend on, as Linux names them."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, values = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return sorted(flag for flag in values.split() if flag.startswith(_CPU_FEATURES))
-    return []
-
-
 # ---- build ----------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +276,7 @@ def build(
             **(about or {}),
             "dsl_version": compiler.dsl_version(),
             "machine": platform.machine(),
-            "cpu_features": cpu_features(),
+            **_needed_cpu_features([scratch / entry.file for entry in entries]),
             "kernels": [asdict(entry) for entry in entries],
         }
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -298,6 +285,15 @@ def build(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return entries
+
+
+def _needed_cpu_features(libraries: list[Path]) -> dict[str, Any]:
+    """The manifest's fields of what libraries need of a CPU, and of how that is known."""
+    try:
+        return {"cpu_features": cpu_features.of_libraries(libraries), "cpu_features_from": "the machine code"}
+    except cpu_features.UndecidedError as error:
+        found = cpu_features.of_this_cpu()
+        return {"cpu_features": found, "cpu_features_from": f"the building CPU, all that it has, because {error}"}
 
 
 def _check_unchanged(entries: list[Entry]) -> None:
@@ -484,6 +480,9 @@ def _run_build(arguments: argparse.Namespace) -> int:
         entries = build(variants, arguments.out, arguments.jobs, arguments.ptx, about, advance)
     size = sum((arguments.out / entry.file).stat().st_size for entry in entries)
     print(f"{len(entries)} kernels, {size / 2**20:.1f} MiB, in {time.perf_counter() - start:.0f} s: {arguments.out}")
+    manifest = read_manifest(arguments.out)
+    needed = ", ".join(manifest["cpu_features"]) or "nothing beyond x86-64"
+    print(f"host code needs of a CPU, as told by {manifest['cpu_features_from']}: {needed}")
     return 0
 
 
@@ -520,7 +519,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 
 def _run_list(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(arguments.directory)
-    about = {name: value for name, value in manifest.items() if name not in ("kernels", "cpu_features")}
+    about = {name: value for name, value in manifest.items() if name != "kernels"}
     print("  ".join(f"{name}={value}" for name, value in about.items()))
     for entry in manifest["kernels"]:
         path = arguments.directory / entry["file"]

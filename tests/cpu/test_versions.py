@@ -33,6 +33,17 @@ def test_locks_have_the_pinned_versions_and_no_cuda(root: Path, python: str) -> 
     assert lock.count("--hash=sha256:") >= len(names)
 
 
+def test_what_builds_of_kernels_need_is_the_pinned_one(root: Path) -> None:
+    pins, lock = versions(root), (root / "requirements/build.lock").read_text()
+    entries = re.findall(r"^\S+==.*\n(?:    --hash=\S+(?: \\)?\n)+", lock, re.M)
+    names = [entry.split(" ")[0] for entry in entries]
+    assert names == [f"iced-x86=={pins['ICED_X86_VERSION']}", f"pyelftools=={pins['PYELFTOOLS_VERSION']}"]
+    # An image's CPU flavor has them from its own lock: the very same files.
+    for python in ("311", "312"):
+        whole = (root / f"requirements/cpu-py{python}.lock").read_text()
+        assert [entry in whole for entry in entries] == [True, True]
+
+
 def test_modelopt_is_the_pinned_one(root: Path) -> None:
     pins = versions(root)
     for python in ("311", "312"):

