@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm import envs
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture, is_breakable_cudagraph_enabled
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, UnquantizedLinearMethod
 from vllm.utils.multi_stream_utils import execute_in_parallel
 
@@ -96,6 +97,8 @@ class Nvfp4IndexerMixin(Upstream):
         return super()._wq_b_proj(qr) if qr_scale is None else shared_input.multiply(self.wq_b, qr, qr_scale)
 
 
+# Upstream's methods that must run outside of piecewise CUDA graphs.
+BREAKS = ("_sparse_indexer_and_attn", "_prepare_and_attn_eager")
 # Of the four projections, in the order of upstream's streams: those that upstream computes in fp32.
 KV_SCORES = (1, 3)
 
@@ -122,6 +125,8 @@ def kv_score(compressor: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 def adapt(attn: Any, quant_config: Any) -> None:
     """Give an upstream attention layer NVFP4 projections and our methods; called once, before weights are loaded."""
     attn.__class__ = in_front_of(Nvfp4AttentionMixin, type(attn))
+    if is_breakable_cudagraph_enabled():
+        _restore_breaks(attn)
     if attn.compressor is not None:
         _replace_fused(attn.compressor, quant_config)
     if attn.indexer is not None:
@@ -132,6 +137,22 @@ def adapt(attn: Any, quant_config: Any) -> None:
     if isinstance(attn.wo_a.quant_method, ModelOptNvFp4WoAMethod):
         # The CPU class wraps this method on the instance to pack a BF16 copy, which NVFP4 does not have.
         attn.wo_a.quant_method.__dict__.pop("process_weights_after_loading", None)
+
+
+def _restore_breaks(attn: Any) -> None:
+    """Let attention run outside of piecewise CUDA graphs also where upstream's module was imported too early for that.
+
+    vLLM's decorator asks for the environment variable while that module is imported, and vLLM sets the variable later, when
+    it has read the model's config: too late in the process that reads it, where `LLM` may run the engine, and in a fork of
+    it. A graph then holds attention with the metadata of its capture, and gives wrong answers or an illegal address.
+    """
+    cls = type(attn)  # ours, not upstream's
+    for name in BREAKS:
+        method = getattr(cls, name)
+        if not hasattr(method, "__wrapped__"):
+            setattr(cls, name, eager_break_during_capture(method))
+    # The constructor has bound the method as it was.
+    attn._prepare_and_attn_fn = getattr(attn, attn._prepare_and_attn_fn.__name__)
 
 
 def _replace_fused(compressor: Any, quant_config: Any) -> None:

@@ -268,6 +268,8 @@ vllm.models.deepseek_v4.attention
   source | DeepseekV4Attention.kv_norm | attention.py | bounds wo_a's input
   exists | DeepseekV4Attention.prefix | attention.py | names the runner
   source | DeepseekV4Attention._prepare_and_attn | attention.py | which linears run side by side | _separate_workspaces
+  source | DeepseekV4Attention._sparse_indexer_and_attn,_prepare_and_attn_eager | attention.py | run outside of graphs | BREAKS
+  source | DeepseekV4Attention._prepare_and_attn_fn | attention.py | bound by the constructor | _restore_breaks
   source | DeepseekV4Indexer.forward,wq_b | attention.py | on which stream wq_b runs | wq_b
   source | DeepseekV4Indexer.weights_proj | attention.py | built without a method: stop replacing it when not
   exists | DeepseekV4Indexer.compressor,prefix | attention.py | its projections are replaced

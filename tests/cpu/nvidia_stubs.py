@@ -559,6 +559,42 @@ def warm_up(config: VllmConfig, model: Any) -> dict[str, Any]:
     return {"calls": calls, "frozen": frozen}
 
 
+def scenario_breaks(config: VllmConfig) -> dict[str, Any]:
+    """Piecewise graphs wanted after upstream's module was imported, as in the process that makes the configuration."""
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture
+    from vllm.models.deepseek_v4.attention import DeepseekV4Attention
+    from vllm_nvfp4.attention import BREAKS
+
+    class Capture:
+        """vLLM's, as far as its decorator knows it, without a graph: remembers what would run outside of one."""
+
+        _capturing = True
+
+        def __init__(self) -> None:
+            self.outside: list[Any] = []
+
+        def add_eager(self, call: Any) -> None:
+            self.outside.append(call)
+
+    def breaks(use_v2: bool) -> list[list[Any]]:
+        """For each layer: how many of its attention's ways in run outside of a graph."""
+        with patch.object(type(config), "use_v2_model_runner", use_v2):
+            model, found = create(config), []
+        for attn in (layer.attn for layer in model.model.layers):
+            calls = [getattr(attn, name) for name in BREAKS] + [attn._prepare_and_attn_fn] * (not use_v2)
+            capture = Capture()
+            with patch.object(BreakableCUDAGraphCapture._tls, "active", capture, create=True):
+                for call in calls:
+                    failure(call)  # inside of a graph it would run, and miss its arguments
+            found.append([len(capture.outside), len(calls)])
+        return found
+
+    with reference(VLLM_USE_BREAKABLE_CUDAGRAPH="1"):
+        facts: dict[str, Any] = {"v2": breaks(True), "v1": breaks(False)}
+    facts["upstream's"] = [hasattr(getattr(DeepseekV4Attention, name), "__wrapped__") for name in BREAKS]
+    return facts
+
+
 def scenario_joined(config: VllmConfig) -> dict[str, Any]:
     """Inputs joined as on a GPU, computed by the reference: what four projections give, beside those of a plain model."""
     from vllm_nvfp4 import platform
@@ -706,6 +742,7 @@ RUNS = (
     scenario_wo_a,
     scenario_bf16,
     scenario_chains,
+    scenario_breaks,
     scenario_joined,
     scenario_ep,
     scenario_stock,

@@ -80,6 +80,7 @@ def results(affine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "bf16": affine,
         "chains": affine,
         "chains-apart": apart,
+        "breaks": affine,
         "joined": affine,
         "joined-apart": apart,
         "ep": bare,
@@ -259,6 +260,13 @@ def test_the_query_latent_is_quantized_once(results: dict[str, Any], backend: st
     # Alone, or not quantized at all, wq_b takes it as it is.
     want = [ratio == 4 and BACKENDS[backend] == "nvfp4" for ratio in RATIOS]
     assert facts_of(results, "chains")[backend]["shares_query"] == want
+
+
+def test_attention_runs_outside_of_piecewise_graphs(results: dict[str, Any]) -> None:
+    found = results["breaks"]
+    assert found["upstream's"] == [False, False], "imported with the variable set: this is not the case under test"
+    assert found["v2"] == [[2, 2]] * len(RATIOS)
+    assert found["v1"] == [[3, 3]] * len(RATIOS)
 
 
 @pytest.mark.parametrize("activations", ["nvfp4", "bf16"])
