@@ -8,7 +8,7 @@
 #   PYTHON          interpreter, default python3
 #   NVFP4_AOT_DIR   kernels built ahead of time; without it they are compiled by CuTe DSL
 #   COMMIT          where there is no git
-#   BENCH_SECONDS   for each benchmark, default 100
+#   BENCH_SECONDS   of measuring, without preparation, for each benchmark, default 100
 #   BENCH_PEERS     default marlin,cublas for linear and marlin for moe; none without vLLM; may name humming (pip's
 #                   humming-kernels in the version that vLLM asks for), which compiles long at a shape's first call
 #   MIDSIZE_DIR     where midsize's checkpoint is, or is made (11 GB), default ${TMPDIR:-/tmp}/nvfp4-midsize

@@ -50,6 +50,9 @@ vllm
   exists | platforms | tilelang_build.py | its choice is replaced
 vllm._custom_ops
   signature | hash_topk_cpu biased_topk_cpu | cpu_gaps.py | our replacements take the same parameters
+vllm.compilation.breakable_cudagraph
+  source | eager_break_during_capture | attention.py | asks for the variable when it decorates: remove BREAKS when it does not
+  source | is_breakable_cudagraph_enabled | attention.py | whether graphs are broken
 vllm.config
   exists | ModelConfig | model_loader.py verification.py | annotation
   exists | ParallelConfig VllmConfig | verification.py | annotation
@@ -268,7 +271,7 @@ vllm.models.deepseek_v4.attention
   source | DeepseekV4Attention.kv_norm | attention.py | bounds wo_a's input
   exists | DeepseekV4Attention.prefix | attention.py | names the runner
   source | DeepseekV4Attention._prepare_and_attn | attention.py | which linears run side by side | _separate_workspaces
-  source | DeepseekV4Attention._sparse_indexer_and_attn,_prepare_and_attn_eager | attention.py | run outside of graphs | BREAKS
+  source | DeepseekV4Attention._sparse_indexer_and_attn,_prepare_and_attn_eager | attention.py | run outside of graphs
   source | DeepseekV4Attention._prepare_and_attn_fn | attention.py | bound by the constructor | _restore_breaks
   source | DeepseekV4Indexer.forward,wq_b | attention.py | on which stream wq_b runs | wq_b
   source | DeepseekV4Indexer.weights_proj | attention.py | built without a method: stop replacing it when not

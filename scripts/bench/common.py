@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -211,10 +212,11 @@ def spread(times: Sequence[float]) -> Spread:
 
 
 class Budget:
-    """Seconds of wall time that a run may take; None: any."""
+    """Seconds of wall time that a run may measure; None: any. What happens inside `preparing` is not counted."""
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, whole: "Budget | None" = None) -> None:
         self._end = math.inf if limit is None else time.perf_counter() + limit
+        self._whole = whole
 
     def left(self) -> float:
         """Seconds."""
@@ -222,9 +224,19 @@ class Budget:
 
     def share(self, parts: int) -> "Budget":
         """The first of so many equal parts of what is left."""
-        found = Budget(None)
-        found._end = time.perf_counter() + self.left() / parts
-        return found
+        return Budget(self.left() / parts, self)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Imports, weights, compilers: a run that comes first on a machine must not measure less for them."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            budget: Budget | None = self
+            while budget is not None:
+                budget._end += time.perf_counter() - begun
+                budget = budget._whole
 
     @property
     def spent(self) -> bool:
@@ -424,7 +436,7 @@ def _parser(description: str | None, ms: Sequence[int], peers: Sequence[str]) ->
     found.add_argument("--shapes", type=_words, help="names, or beginnings of names, with commas; default: all")
     found.add_argument("--m", type=_numbers, default=list(ms), help="numbers of tokens, with commas")
     found.add_argument("--rounds", type=int, default=9, help="default 9")
-    found.add_argument("--seconds-budget", type=float, help="stop in time; each shape gets an equal share")
+    found.add_argument("--seconds-budget", type=float, help="of measuring; an equal share for each shape")
     found.add_argument("--peers", type=_words, default=[], help=f"with commas, of {', '.join(peers)}; default none")
     found.add_argument("--provider", default="sm90", help="backend of our runners; default sm90")
     found.add_argument("--activations", type=_words, default=["bf16", "nvfp4"], help="default bf16,nvfp4")

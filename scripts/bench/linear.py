@@ -7,8 +7,7 @@
 Shapes are names below, beginnings of names, or NxK. How it is measured: `common`. Every call of a graph has its own
 weight and its own input. The share of HBM counts weight, scales, input and output once; cuBLAS reads its weight in BF16,
 3.6 times the bytes. Answers are compared with FP32 matrix products of the dequantized weight, and for W4A4 of the
-dequantized activation. Humming compiles its kernels for every M (about 33) at the first call of a shape: not timed, but
-taken from --seconds-budget.
+dequantized activation. Humming compiles its kernels for every M (about 33) at the first call of a shape, which is not timed.
 """
 
 import math
@@ -193,14 +192,16 @@ def sizes(name: str) -> tuple[int, int]:
 def measure(name: str, args: Any, table: common.Table, budget: common.Budget) -> list[str]:
     """Adds the rows of one shape; returns what there was no time for."""
     n, k = sizes(name)
-    operands = Linear(n, k, args)
+    with budget.preparing():
+        operands = Linear(n, k, args)
     skipped: list[str] = []
     for m in args.m:
         if budget.spent:
             skipped.append(f"{name} m={m}")
             continue
-        variants = operands.variants(m)
-        found = operands.errors(variants)
+        with budget.preparing():
+            variants = operands.variants(m)
+            found = operands.errors(variants)
         times = common.interleaved(variants, args.rounds, args.device, failures=operands.failures)
         work = {variant.name: operands.work(variant.name, m) for variant in variants}
         fields = {"bench": "linear", "shape": name, "m": m, "n": n, "k": k}

@@ -9,7 +9,7 @@ measured: `common`. Tokens choose experts evenly and at random, anew in every ro
 choices and its own input, and already one token's experts are larger than the L2. From the choices to the weighted sum
 everything is timed. Bytes are those of the experts that were chosen. Answers of a few tokens are compared with FP32 matrix
 products of dequantized weights, and for W4A4 of dequantized activations. Humming compiles its kernels for every M (about
-30) at the first call of a shape: not timed, but taken from --seconds-budget.
+30) at the first call of a shape, which is not timed.
 """
 
 import sys
@@ -322,15 +322,17 @@ def measure(name: str, args: Any, table: common.Table, budget: common.Budget) ->
     shape = SHAPES[name] if name in SHAPES else Shape(*map(int, name.split("x")))
     if budget.spent:
         return [name]
-    layer = Moe(shape, args)
+    with budget.preparing():
+        layer = Moe(shape, args)
     skipped: list[str] = []
     # The largest first: workspaces grow, and what graphs captured before would be kept.
     for m in sorted(args.m, reverse=True):
         if budget.spent:
             skipped.append(f"{name} m={m}")
             continue
-        variants = layer.variants(m)
-        found = layer.errors(variants)
+        with budget.preparing():
+            variants = layer.variants(m)
+            found = layer.errors(variants)
         times = common.interleaved(variants, args.rounds, args.device, layer.choose, layer.failures)
         work = layer.work(m)
         fields = {"bench": "moe", "shape": name, "m": m, "experts": layer.experts_hit} | shape._asdict()

@@ -281,6 +281,22 @@ def test_numbers(bench: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not common.Budget(None).share(3).spent
 
 
+def test_preparation_takes_nothing_from_a_budget(bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    common = bench["common"]
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    budget = common.Budget(10.0)
+    share = budget.share(2)
+    with share.preparing():
+        now[0] = 100.0
+    assert (share.left(), budget.left()) == (5.0, 10.0)
+    now[0] = 104.0
+    assert (share.left(), budget.left()) == (1.0, 6.0)
+    now[0] = 106.0
+    assert share.spent
+    assert not budget.spent
+
+
 # ---- scripts/gpu_check.sh -------------------------------------------------------------------------------------------
 
 

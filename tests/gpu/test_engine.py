@@ -76,15 +76,29 @@ def test_stock_kernels_answer_as_modelopt(affine: Path, tmp_path: Path, gpu: str
     assert {kind for kind, _, fallback, _ in found["selection"] if fallback} >= {"linear", "moe"}
 
 
+def assert_same(one: list[dict], other: list[dict], tolerance: float) -> None:
+    """The same answers, but for near ties: up to and at the first token that differs, the best log-probabilities are near."""
+    for number, (a, b) in enumerate(zip(one, other, strict=True)):
+        pairs = list(zip(a["tokens"], b["tokens"], strict=True))
+        end = next((i + 1 for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+        distances = [abs(x - y) for x, y in zip(a["logprobs"][:end], b["logprobs"][:end], strict=True)]
+        assert max(distances) < tolerance, f"prompt {number}, up to token {end}: {max(distances)}"
+
+
 @pytest.mark.parametrize("activations", gpu_kit.modes())
 def test_tiny_model_with_cuda_graphs_and_a_long_prompt(tmp_path: Path, activations: str) -> None:
+    """Graphs answer as eager does: prompts of one token (a decode's graph), of less than a graph, and of more than any."""
     from make_tiny_checkpoint import TinySpec, make_tiny_checkpoint
 
     model = tmp_path / "tiny"
     make_tiny_checkpoint(model, TinySpec(index_heads=64))
-    prompts = [[7, 8, 9], [6 + i % 250 for i in range(2300)], [11] * 60, [5, 6] * 20]
+    prompts = [[9], [7, 8, 9], [6 + i % 250 for i in range(2300)], [11] * 60, [5, 6] * 20, list(range(20, 65))]
     env = {"NVFP4_ACTIVATIONS": activations, "NVFP4_STRICT": "1"}
-    found = run_engine(tmp_path / "run", model, prompts, env, max_tokens=8)
+    graphs = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 48, 64]}}
+    found = run_engine(tmp_path / "run", model, prompts, env, max_tokens=8, llm=graphs)
     for answer in found["alone"] + found["together"]:
         assert all(-20 < value <= 0 for value in answer["logprobs"]), "NaN, or no probability"
     assert found["compiled"] == 0, f"{found['compiled']} kernels were compiled or loaded while serving"
+    eager = run_engine(tmp_path / "eager", model, prompts, env, max_tokens=8, llm={"enforce_eager": True})
+    assert_same(found["alone"], eager["alone"], TOLERANCE[activations])
+    assert_same(found["together"], eager["alone"], TOLERANCE[activations])
