@@ -1,8 +1,8 @@
 """Weights as checkpoints have them to weights as the sm100 kernels want them, once, when a layer is loaded, in place.
 
 The hard part is memory. A layer's experts fill a good part of a GPU, so that nothing may exist twice: rows and scales are
-permuted where they are, through a copy of one matrix at a time. Permuting in place also means that a tensor is prepared
-exactly once; who needs it as it was must copy it before.
+permuted where they are, through copies of `gate_up.CHUNK_BYTES` at a time. Permuting in place also means that a tensor is
+prepared exactly once; who needs it as it was must copy it before.
 
 Two permutations are made:
   - block scales go to the 128x4 layout (`cutedsl.layout`). It pads, so that a matrix whose rows are no multiple of 128, or
@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 
 from cutedsl.formats import NVFP4
-from cutedsl.layout import padded_shape, swizzle_block_scale, unswizzle_block_scale
+from cutedsl.gate_up import CHUNK_BYTES, move_gate_up
+from cutedsl.layout import TILE_ROWS, padded_shape, swizzle_block_scale, unswizzle_block_scale
 from cutedsl.reference.linear import PackedMatrix
 
 # Gate rows, then as many up rows: a block of the quantizer that follows.
@@ -76,7 +77,7 @@ def interleave_gate_up(rows: torch.Tensor) -> None:
     Raises:
         ValueError: rows is neither a matrix nor a stack of them, not contiguous, or I no multiple of 16.
 
-    Memory: a copy of one matrix. Numerics: elements are moved.
+    Memory: as gate_up.move_gate_up. Numerics: elements are moved.
     """
     _move_gate_up(rows, inverse=False)
 
@@ -98,15 +99,18 @@ def swizzle(weight_scale: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: weight_scale is not contiguous.
 
-    Memory: beside the result two copies of one matrix's scales. Numerics: bytes are moved, padding is 0.
+    Memory: beside the result twice CHUNK_BYTES, or 128 rows, if that is more. Numerics: bytes are moved, padding is 0.
     """
     _check_contiguous("swizzle", weight_scale)
     *stack, num_rows, num_columns = weight_scale.shape
     out = weight_scale
     if needs_padding(num_rows, num_columns * NVFP4.block_size):
         out = weight_scale.new_empty((*stack, *padded_shape(num_rows, num_columns)))
+    # Blocks of rows follow one another in the layout too.
+    rows = max(1, CHUNK_BYTES // (out.shape[-1] * TILE_ROWS)) * TILE_ROWS
     for source, target in zip(_matrices(weight_scale), _matrices(out), strict=True):
-        target.copy_(swizzle_block_scale(source))
+        for part, place in zip(source.split(rows), target.split(rows), strict=True):
+            place.copy_(swizzle_block_scale(part))
     return out
 
 
@@ -186,7 +190,7 @@ def prepare_experts(
     Raises:
         ValueError: a tensor is not contiguous, or N/2, of gates and ups, no multiple of 16.
 
-    Memory: at most a copy of one matrix (codes, or twice its scales), and the result's scales where padding is needed.
+    Memory: as swizzle, and the result's scales where padding is needed.
     Numerics: alpha is one FP32 product. Reads nothing back.
     """
     if weight_scale_2.ndim == 2:
@@ -222,11 +226,7 @@ def _move_gate_up(rows: torch.Tensor, inverse: bool) -> None:
             f"{function}: rows have shape {tuple(rows.shape)}, expected as many gate as up rows, a multiple of {INTERLEAVE} "
             "each; use a tensor-parallel size that does not cut a block"
         )
-    num_blocks, columns = rows.shape[-2] // (2 * INTERLEAVE), rows.shape[-1]
-    halves, pairs = (2, num_blocks, INTERLEAVE, columns), (num_blocks, 2, INTERLEAVE, columns)
-    before, after = (pairs, halves) if inverse else (halves, pairs)
-    for matrix in _matrices(rows):
-        matrix.view(after).copy_(matrix.clone().view(before).transpose(0, 1))
+    move_gate_up(rows, INTERLEAVE, inverse)
 
 
 def _matrices(stack: torch.Tensor) -> tuple[torch.Tensor, ...]:

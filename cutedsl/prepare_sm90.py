@@ -46,13 +46,12 @@ from typing import NamedTuple
 import torch
 
 from cutedsl.formats import NVFP4
+from cutedsl.gate_up import CHUNK_BYTES, move_gate_up
 from cutedsl.reference.linear import PackedMatrix
 
 # Rows and K of a block, and gate rows that are followed by as many up rows.
 BLOCK_ROWS, BLOCK_K = 64, 128
 INTERLEAVE = 8
-# Bytes of codes that are permuted at a time; what is made on the way is about four times as much.
-CHUNK_BYTES = 1 << 23
 _WORD_BYTES = 4
 _BLOCK_BYTES_K = BLOCK_K // NVFP4.codes_per_byte
 _BLOCK_SCALES_K = BLOCK_K // NVFP4.block_size
@@ -143,15 +142,15 @@ def prepare_experts(
         ValueError: a tensor is not contiguous, a scale NaN or negative, or N/2, of gates and ups, no multiple of 8.
             Nothing has been changed then.
 
-    Memory: beside the result, where it is padded, a copy of one matrix or four times CHUNK_BYTES, whichever is more.
+    Memory: beside the result, where it is padded, about four times CHUNK_BYTES.
     Numerics: exact: `restore_experts` gives back what was there, but zeros for codes whose scale is 0. Reads one flag
     back; a load-time function.
     """
     _check("prepare_experts", weight, weight_scale)
     if gate_up:
         _check_gate_up("prepare_experts", weight)
-        _move_gate_up(weight, inverse=False)
-        _move_gate_up(weight_scale, inverse=False)
+        for tensor in (weight, weight_scale):
+            move_gate_up(tensor, INTERLEAVE, inverse=False)
     return Operand(*_prepared(weight, weight_scale), alpha.view(weight.shape[0], -1))
 
 
@@ -183,8 +182,8 @@ def restore_experts(
     decoded = _scale_tables(scales.device)[1].index_select(0, scales.flatten().int()).view(scales.shape)
     weight_scale = decoded[:, :num_rows, : k // NVFP4.block_size].contiguous().view(NVFP4.scale_dtype)
     if gate_up:
-        _move_gate_up(weight, inverse=True)
-        _move_gate_up(weight_scale, inverse=True)
+        for tensor in (weight, weight_scale):
+            move_gate_up(tensor, INTERLEAVE, inverse=True)
     return weight, weight_scale
 
 
@@ -247,16 +246,6 @@ def _padded(matrices: torch.Tensor, *shape: int) -> torch.Tensor:
     out = matrices.new_zeros(shape)
     out[:, : matrices.shape[1], : matrices.shape[2]] = matrices
     return out
-
-
-def _move_gate_up(stack: torch.Tensor, inverse: bool) -> None:
-    """Interleaves rows of each matrix in place, or takes it back."""
-    columns, num_blocks = stack.shape[-1], stack.shape[1] // (2 * INTERLEAVE)
-    halves, pairs = (2, num_blocks, INTERLEAVE, columns), (num_blocks, 2, INTERLEAVE, columns)
-    before, after = (pairs, halves) if inverse else (halves, pairs)
-    # As bytes: not every device copies every 8-bit type.
-    for matrix in stack.view(torch.uint8).unbind(0):
-        matrix.view(after).copy_(matrix.clone().view(before).transpose(0, 1))
 
 
 def _code_pairs(words: torch.Tensor, place: int) -> torch.Tensor:

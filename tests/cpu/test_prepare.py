@@ -2,24 +2,26 @@
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numerics
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutedsl import prepare
+from cutedsl import prepare, prepare_sm90
+from cutedsl.gate_up import CHUNK_BYTES
 from cutedsl.layout import swizzled_offset
 from cutedsl.prepare import INTERLEAVE
 from cutedsl.runners import pack_matrix
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts bytes of storages that are made while it is active, and the most that lived at a time."""
+    """Counts bytes of storages that are made while it is active, the most that lived at a time, and the largest."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -41,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._known:
             self._known[key] = 0
             self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
+            self.peak, self.largest = max(self.peak, self.live), max(self.largest, storage.nbytes())
         # A storage lives as long as any tensor that shows it.
         self._known[key] += 1
         weakref.finalize(tensor, self._forget, key, storage.nbytes())
@@ -245,6 +247,37 @@ def test_at_most_one_experts_copy_at_a_time() -> None:
     assert w13[0].numel() <= meter.peak <= one_expert
     # What stays are the two alphas.
     assert meter.live <= 2 * experts * 2 * 4 + 2 * experts * 4
+
+
+# V4-Pro's, one expert of each kind: (rows, k, gates and ups).
+EXPERTS = {"w13": (6144, 7168, True), "w2": (7168, 3072, False)}
+
+
+@pytest.mark.parametrize("stack", EXPERTS)
+@pytest.mark.parametrize("arch", ["sm90", "sm100"])
+def test_nothing_is_allocated_of_which_pytorch_takes_20_mib(arch: str, stack: str) -> None:
+    """See gate_up.CHUNK_BYTES."""
+    num_rows, k, gate_up = EXPERTS[stack]
+    weight, scale = torch.zeros(2, num_rows, k // 2, dtype=torch.uint8), scales_of(2, num_rows, k)
+    ones = torch.ones(2, 2) if gate_up else torch.ones(2)
+    with LiveBytes() as meter:
+        if arch == "sm90":
+            prepare_sm90.prepare_experts(weight, scale, ones, gate_up)
+        else:
+            prepare.prepare_experts(weight, scale, ones, ones)
+    assert CHUNK_BYTES // 2 < meter.largest <= CHUNK_BYTES == 1 << 20
+    assert meter.peak <= 5 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize(("num_rows", "k"), [(65536, 1536), (7168, 16384), (2112, 7168)])
+@pytest.mark.parametrize("arch", [prepare_sm90, prepare])
+def test_nor_for_linears(arch: Any, num_rows: int, k: int) -> None:
+    """V4-Pro's wq_b, wo_b and wqa_wkv."""
+    weight, scale = torch.zeros(num_rows, k // 2, dtype=torch.uint8), scales_of(1, num_rows, k)[0]
+    matrix = pack_matrix(weight, scale, torch.ones(1), torch.ones(1), [num_rows])
+    with LiveBytes() as meter:
+        arch.prepare_linear(matrix)
+    assert meter.largest <= CHUNK_BYTES
 
 
 def test_padding_costs_the_scales_and_nothing_more() -> None:
