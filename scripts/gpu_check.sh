@@ -6,7 +6,8 @@
 # memcheck, racecheck. Each writes OUT_DIR/STEP.log, benchmarks OUT_DIR/STEP.jsonl too, midsize OUT_DIR/midsize.json.
 #
 #   PYTHON          interpreter, default python3
-#   NVFP4_AOT_DIR   kernels built ahead of time; without it they are compiled by CuTe DSL
+#   NVFP4_AOT_DIR   kernels built ahead of time; without it they are compiled by CuTe DSL. Engines start sooner with
+#                   NVFP4_TILELANG_DIR too (docs/warmup.md)
 #   COMMIT          where there is no git
 #   BENCH_SECONDS   of measuring, without preparation, for each benchmark, default 100
 #   BENCH_PEERS     default marlin,cublas for linear and marlin for moe; none without vLLM; may name humming (pip's
@@ -15,7 +16,7 @@
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,14s/^# \?//p' "$0" >&2
+    sed -n '2,15s/^# \?//p' "$0" >&2
     exit 64
 fi
 out=$(realpath -m "$1")

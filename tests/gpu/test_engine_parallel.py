@@ -25,7 +25,8 @@ WAYS = {
     "data and experts": ("--data-parallel-size", "2", EXPERT_PARALLEL),
 }
 # tests/data/affine-a has 8 index heads, for which DeepGEMM's indexer has no kernel: see test_engine.
-FLAGS = ("--enforce-eager", "--gpu-memory-utilization", "0.2")
+# A KV cache of a given size: what vLLM would measure is everybody's on these GPUs.
+FLAGS = ("--enforce-eager", "--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2 << 30))
 
 
 @pytest.fixture(scope="module", autouse=True)
