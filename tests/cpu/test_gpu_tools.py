@@ -332,7 +332,7 @@ def test_gpu_check_usage(root: Path, tmp_path: Path, arguments: tuple[str, ...])
     given = [str(tmp_path / name) if name == "OUT" else name for name in arguments]
     done = gpu_check(root, tmp_path, *given)
     assert done.returncode == 64
-    assert ("unknown step everything" if arguments else "Steps: tests") in done.stderr
+    assert ("unknown step everything" if arguments else "SERVE_LIMIT_S") in done.stderr
 
 
 # ---- tests/gpu/gpu_kit.py: what it asserts can fail ------------------------------------------------------------------
