@@ -7,7 +7,7 @@ GEMM, and a few for the indexer.
 
 The hard part is that DeepGEMM must find them. A kernel of its cache is a folder, NAME.DIGEST, and the digest is a hash of
 the kernel's text, of each header of DeepGEMM's that it includes, of nvcc's flags, of CUTLASS's version and of all that
-`nvcc --version` prints. `text` and `digest` are that library's format, not our design: they follow the sources of DeepGEMM
+`nvcc --version` prints. `_text` and `digest` are that library's format, not our design: they follow the sources of DeepGEMM
 2.8.0 and of DeepJIT, and are held to kernels that vLLM 0.32.0 had compiled on an H200. Neither the place of DeepGEMM nor
 CUDA's is part of it. A kernel that is missed, or whose name differs, costs the time to compile it at start and nothing
 else; `deepgemm_set` counts those.
@@ -15,12 +15,21 @@ else; `deepgemm_set` counts those.
 What sm_100a asks for, and the indexer's kernel of prefills on sm_90a, were read from the sources: not verified on hardware.
 """
 
+import dataclasses
 import functools
+import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_nvfp4.tilelang_build import NUM_SMS
+from vllm_nvfp4.tilelang_build import NUM_SMS, RECORD, command
 
 # arch -> what DeepGEMM names nvcc: on Blackwell the family.
 NVCC_ARCH = {"sm_90a": "sm_90a", "sm_100a": "sm_100f"}
@@ -66,6 +75,9 @@ class Kernel:
 
 def kernels(sizes: Sizes, arch: str) -> list[Kernel]:
     """Every kernel that vLLM can ask of DeepGEMM for this model, its experts and linears being ours.
+
+    Source: vLLM's `_hc_prenorm_gemm_outputs`, and `fp8_fp4_mqa_logits`, `fp8_fp4_paged_mqa_logits` and their schedule as
+    its sparse_attn_indexer calls them; without a number of drafts that sm_90a lays out otherwise (three).
 
     Raises: ValueError - the hyper-connections or the indexer have a size that DeepGEMM has no kernel for.
     """
@@ -122,8 +134,8 @@ def _indexer_sm90(num_heads: int, head_dim: int, num_sms: int) -> list[Kernel]:
         found.append(Kernel(name, _text(f"impls/{name}", name, lines)))
     name = "sm90_paged_mqa_logits_metadata"
     for rows in range(32, MAX_ROWS + 1, 32):
-        lines = (f"{rows}, 256, {num_sms}, false",)
-        found.append(Kernel(name, _text("scheduler/sm90_paged_mqa_logits", f"sched::{name}", lines)))
+        schedule = (f"{rows}, 256, {num_sms}, false",)
+        found.append(Kernel(name, _text("scheduler/sm90_paged_mqa_logits", f"sched::{name}", schedule)))
     return found
 
 
@@ -248,3 +260,112 @@ def _tree(include: Path, text: bytes) -> str:
 @functools.cache
 def _header(include: Path, name: str) -> str:
     return _tree(include, (include / name).read_bytes())
+
+
+# ---- the build -------------------------------------------------------------------------------------------------------
+
+
+def library() -> Path:
+    """The folder of the DeepGEMM that vLLM imports: one that is installed, or vLLM's own.
+
+    Raises: RuntimeError - there is neither.
+    """
+    for name, place in (("deep_gemm", "."), ("vllm", "third_party/deep_gemm")):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin and (Path(spec.origin).parent / place / "include").is_dir():
+            return Path(spec.origin).parent / place
+    raise RuntimeError("DeepGEMM is not installed")
+
+
+def nvcc() -> Path:
+    """Where DeepGEMM looks for it, which may be nowhere."""
+    on_path = shutil.which("nvcc")
+    default = Path(on_path).parents[1] if on_path else Path("/usr/local/cuda")
+    return Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or default) / "bin" / "nvcc"
+
+
+def nvcc_version() -> str:
+    """All that it prints, as it is hashed.
+
+    Raises: RuntimeError - it does not run.
+    """
+    done = subprocess.run(
+        [str(nvcc()), "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{nvcc()} --version fails: {done.stdout.strip()}")
+    return done.stdout
+
+
+def missing_tool() -> str:
+    """What keeps DeepGEMM from compiling here, or nothing."""
+    try:
+        library()
+    except RuntimeError as error:
+        return str(error)
+    return "" if nvcc().is_file() else f"no nvcc: {nvcc()} is not there"
+
+
+def entries(models: Iterable[Sizes], archs: Iterable[str]) -> Iterator[tuple[str, str, Kernel]]:
+    """(NAME.DIGEST, arch, kernel) of everything that these models ask of the DeepGEMM and the nvcc that are here.
+
+    Raises: ValueError - see `kernels`. RuntimeError, OSError - DeepGEMM, one of its headers or nvcc is not there.
+    """
+    include, version = library() / "include", nvcc_version()
+    asked = {(arch, kernel): None for arch in archs for sizes in models for kernel in kernels(sizes, arch)}
+    for arch, kernel in asked:
+        yield f"{kernel.name}.{digest(include, version, arch, kernel.text)}", arch, kernel
+
+
+def compile_kernel(kernel: Kernel, arch: str, entry: Path) -> None:
+    """Compile one kernel into its folder of a cache, with DeepGEMM's own command.
+
+    Raises: RuntimeError - nvcc refuses it.
+    """
+    entry.mkdir(parents=True)
+    (entry / "kernel.cu").write_text(kernel.text, encoding="utf-8")
+    command_line = [str(nvcc()), "kernel.cu", "--cubin", "--output-file", "kernel.cubin", *flags(arch).split()]
+    command_line += ["--include-path", str(library() / "include")]
+    done = subprocess.run(command_line, cwd=entry, capture_output=True, text=True, check=False)
+    if done.returncode or not (entry / "kernel.cubin").is_file():
+        raise RuntimeError(f"{entry.name} for {arch} does not compile: {(done.stdout + done.stderr).strip()}")
+    (entry / COMMITTED).touch()
+
+
+def build(models: Mapping[str, Sizes], archs: Sequence[str], out: Path, jobs: int) -> int:
+    """Compile every kernel of these models into `out`, in the layout of DeepGEMM's cache; returns how many there are.
+
+    Args:
+        models: name -> sizes.
+        archs: of NUM_SMS.
+        out: new, or empty but for the record.
+        jobs: processes of nvcc at a time.
+
+    Raises: RuntimeError - one of them does not compile. ValueError, OSError - see `entries`.
+    """
+    asked = list(entries(models.values(), archs))
+    with ThreadPoolExecutor(jobs) as processes:
+        started = [
+            processes.submit(compile_kernel, kernel, arch, out / ENTRIES / entry) for entry, arch, kernel in asked
+        ]
+        for done in as_completed(started):
+            if error := done.exception():
+                processes.shutdown(cancel_futures=True)
+                raise error
+    about = {
+        "nvcc": nvcc_version(),
+        "models": {name: dataclasses.asdict(sizes) for name, sizes in models.items()},
+        "archs": list(archs),
+        "kernels": len(asked),
+    }
+    (out / RECORD).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return len(asked)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See `tilelang_build.command`."""
+    return command("deepgemm_build", "DeepGEMM", str(__doc__), MODELS, missing_tool, build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
