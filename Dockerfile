@@ -4,6 +4,7 @@
 # base-*       vLLM as published (gpu), or vLLM for CPUs from our lock (cpu). A change to our code leaves it alone.
 # toolchain-*  base with a C compiler to link kernels with; nothing of it reaches the image.
 # tilelang     vLLM's TileLang kernels of DeepSeek-V4, compiled for every architecture. No GPU is needed, but nvcc is.
+# deepgemm     vLLM's DeepGEMM kernels of DeepSeek-V4, likewise.
 # build        our wheel, and every kernel of ours compiled for every architecture. No GPU is needed.
 # image        base, the wheel, the kernels, scripts; then the check, which ends the build where something does not fit.
 #
@@ -42,6 +43,16 @@ COPY patches/vllm_nvfp4/tilelang_build.py /src/
 RUN python3 /src/tilelang_build.py --arch "${KERNEL_ARCHS}" --out /out/tilelang \
     $([ "${REQUIRE_TILELANG}" = 0 ] || echo --require)
 
+FROM toolchain-${FLAVOR} AS deepgemm
+ARG KERNEL_ARCHS
+# As REQUIRE_TILELANG.
+ARG REQUIRE_DEEPGEMM=0
+WORKDIR /src
+# Their names in DeepGEMM's cache have the base's nvcc and headers in them. Some 8 minutes of one core.
+COPY patches/vllm_nvfp4/__init__.py patches/vllm_nvfp4/tilelang_build.py patches/vllm_nvfp4/deepgemm_build.py vllm_nvfp4/
+RUN python3 -m vllm_nvfp4.deepgemm_build --arch "${KERNEL_ARCHS}" --out /out/deepgemm \
+    $([ "${REQUIRE_DEEPGEMM}" = 0 ] || echo --require)
+
 FROM toolchain-${FLAVOR} AS build
 # Pro's kernels include Flash's.
 ARG KERNEL_MODEL=deepseek-v4-pro
@@ -68,6 +79,7 @@ USER root
 WORKDIR /
 COPY --from=build /out/aot /opt/nvfp4/aot
 COPY --from=tilelang /out/tilelang /opt/nvfp4/tilelang
+COPY --from=deepgemm /out/deepgemm /opt/nvfp4/deepgemm
 COPY versions.env /opt/nvfp4/
 COPY requirements /opt/nvfp4/requirements
 COPY scripts /opt/nvfp4/scripts
@@ -91,6 +103,7 @@ ENV HOME=/tmp \
     NVFP4_AOT_DIR=/opt/nvfp4/aot \
     NVFP4_NO_JIT=1 \
     NVFP4_TILELANG_DIR=/opt/nvfp4/tilelang \
+    NVFP4_DEEPGEMM_DIR=/opt/nvfp4/deepgemm \
     TILELANG_CACHE_DIR=/tmp/cache/tilelang \
     TRITON_CACHE_DIR=/tmp/cache/triton \
     FLASHINFER_WORKSPACE_BASE=/tmp/cache \

@@ -6,7 +6,7 @@
 #   BASE_IMAGE         instead of versions.env's: a nightly, a mirror, or one pinned otherwise
 #   KERNEL_ARCHS       default sm_100a,sm_90a
 #
-# --build-arg REQUIRE_TILELANG=1: no image without vLLM's TileLang kernels compiled ahead of time.
+# --build-arg REQUIRE_TILELANG=1 and REQUIRE_DEEPGEMM=1: no image without vLLM's kernels of either, compiled ahead of time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=../versions.env

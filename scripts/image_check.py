@@ -3,9 +3,9 @@
     python scripts/image_check.py gpu|cpu [--root /opt/nvfp4]
 
 Versions are those of versions.env and the lock, vLLM has every name that the overlay relies on, the plugin registers as
-in a server's process, every kernel of the set loads, TileLang finds each of its own, the entrypoint can be started, and
-the user that serves can change nothing of it. It needs no GPU and no compiler. Exit code 0: all of it, 1: the lines on
-stderr say what is wrong.
+in a server's process, every kernel of the set loads, TileLang and DeepGEMM find each of their own, the entrypoint can be
+started, and the user that serves can change nothing of it. It needs no GPU and compiles nothing; DeepGEMM's names ask for
+nvcc's version. Exit code 0: all of it, 1: the lines on stderr say what is wrong.
 """
 
 import argparse
@@ -109,6 +109,13 @@ def unfound_kernels(directory: Path) -> list[str]:
     return tilelang_set.check(directory)
 
 
+def unnamed_kernels(directory: Path) -> list[str]:
+    """A line for each kernel that DeepGEMM would compile when a server starts."""
+    from vllm_nvfp4 import deepgemm_set
+
+    return deepgemm_set.check(directory)
+
+
 def unsafe_files(root: Path) -> list[str]:
     """Files that the serving user could change, and an entrypoint that it cannot start."""
     import vllm_nvfp4
@@ -141,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         "plugin": lambda: unregistered(args.flavor),
         "kernels": lambda: unusable_kernels(Path(os.environ.get("NVFP4_AOT_DIR") or args.root / "aot")),
         "tilelang": lambda: unfound_kernels(Path(os.environ.get("NVFP4_TILELANG_DIR") or args.root / "tilelang")),
+        "deepgemm": lambda: unnamed_kernels(Path(os.environ.get("NVFP4_DEEPGEMM_DIR") or args.root / "deepgemm")),
         "files": lambda: unsafe_files(args.root),
     }
     problems = 0

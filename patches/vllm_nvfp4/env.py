@@ -35,6 +35,9 @@ AOT_DIR = Variable(
 TILELANG_DIR = Variable(
     "NVFP4_TILELANG_DIR", "", "folder of TileLang's kernels built ahead of time; unset: compiled at start"
 )
+DEEPGEMM_DIR = Variable(
+    "NVFP4_DEEPGEMM_DIR", "", "folder of DeepGEMM's kernels built ahead of time; unset: compiled at start"
+)
 
 SIDE_PORT = Variable("NVFP4_SIDE_PORT", "", "port of the metrics that exist while the model loads; none by default")
 
@@ -46,7 +49,8 @@ WARMUP = Variable(
 WARMUP_MODES = ("off", "steps", "sweep")
 
 VARIABLES = (
-    STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR, TILELANG_DIR, SIDE_PORT, WARMUP
+    STRICT, WO_A, STATUS_FILE, ALLOW_VLLM, DUMP_DIR, NO_JIT, PROVIDER, ACTIVATIONS, AOT_DIR, TILELANG_DIR, DEEPGEMM_DIR,
+    SIDE_PORT, WARMUP,
 )  # fmt: skip
 
 

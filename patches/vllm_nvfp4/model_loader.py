@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from vllm_nvfp4 import (
     checkpoint,
+    deepgemm_set,
     kernel_sets,
     metrics,
     names,
@@ -113,6 +114,7 @@ class Nvfp4ModelLoader(DefaultModelLoader):
         if platform.backend() in platform.CAPABILITY_OF:
             kernel_sets.use()
             tilelang_set.use()
+            deepgemm_set.use()
         with ExitStack() as self.preparation:
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         self.preparation = None

@@ -46,7 +46,7 @@ class Seam:
 # A module, then its rows: kind | names | used_by | why [| word]. `A.b,c` stands for `A.b A.c`.
 TABLE = """
 vllm
-  exists | envs | attention.py | thresholds are read from it
+  exists | envs | attention.py deepgemm_set.py | thresholds and the place of caches are read from it
   exists | platforms | tilelang_build.py | its choice is replaced
 vllm._custom_ops
   signature | hash_topk_cpu biased_topk_cpu | cpu_gaps.py | our replacements take the same parameters
@@ -115,6 +115,7 @@ vllm.entrypoints.serve.instrumentator.metrics
 vllm.envs
   exists | environment_variables[VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD] | attention.py | as in upstream's method
   exists | environment_variables[VLLM_CPU_KVCACHE_SPACE] | cli.py | our default for CPUs
+  exists | environment_variables[VLLM_CACHE_ROOT] | deepgemm_set.py | what vLLM compiles goes there
 vllm.logger
   signature | init_logger | loader.py | log lines
   source | DEFAULT_LOGGING_CONFIG | compat.py selection.py | loggers below `vllm` are shown | vllm.nvfp4
@@ -137,8 +138,11 @@ vllm.model_executor.kernels.linear.scaled_mm.cpu
   source | CPUFp8W8A8BlockScaledMMKernel.is_supported | fp8_block.py | remove ours when it needs no AMX
 vllm.model_executor.kernels.mhc
   exists | tilelang_kernels | tilelang_build.py | its kernels are compiled ahead of time
+vllm.model_executor.kernels.mhc.tilelang
+  source | _hc_prenorm_gemm_outputs | deepgemm_build.py | splits of the hyper-connections' GEMM
 vllm.model_executor.kernels.mhc.tilelang_kernels
-  source | compute_num_split | tilelang_build.py warmup_steps.py | splits for the SMs of the GPU | get_device_properties
+  source | compute_num_split | tilelang_build.py deepgemm_build.py warmup_steps.py | splits for the SMs of the GPU | \
+    get_device_properties, compute_num_split
   source | ENABLE_PDL | tilelang_build.py | a part of the kernels that is asked of the platform | is_arch_support_pdl
   signature | MhcPreBigFuseTileLangKernel.get_warmup_keys MhcPostTileLangKernel.get_warmup_keys | tilelang_build.py | called
   signature | MhcFusedTileLangKernel.get_warmup_keys HcHeadFusedTileLangKernel.get_warmup_keys | tilelang_build.py | called
@@ -211,6 +215,8 @@ vllm.model_executor.layers.quantization.modelopt
   source | KNvfp4Static.create_weights KNvfp4Dynamic.create_weights | linear.py | names and shapes of parameters
   source | resolve | linear.py | what an NVFP4 linear is made of
   source | select_linear_kernel | linear.py | leads to our kernel | kernel
+vllm.model_executor.layers.sparse_attn_indexer
+  source | sparse_attn_indexer | deepgemm_build.py | how it calls DeepGEMM
 vllm.model_executor.layers.vocab_parallel_embedding
   exists | ParallelLMHead VocabParallelEmbedding | quantization.py | never quantized
 vllm.model_executor.model_loader
@@ -375,6 +381,10 @@ vllm.utils.argparse_utils
   source | FlexibleArgumentParser.parse_args,load_config_file | cli.py | how flags are spelled and where | --config
 vllm.utils.deep_gemm
   signature | get_paged_mqa_logits_metadata has_deep_gemm | warmup_steps.py | called
+  source | fp8_fp4_mqa_logits fp8_fp4_paged_mqa_logits | deepgemm_build.py | what of DeepGEMM's is left at its default
+  source | get_paged_mqa_logits_metadata | deepgemm_build.py | rows and SMs of a schedule | paged_mqa_logits_metadata
+  source | _import_deep_gemm | deepgemm_build.py | which DeepGEMM it is | third_party/deep_gemm
+  source | _lazy_init | deepgemm_set.py | where DeepGEMM's cache is by default | DG_JIT_CACHE_DIR
 vllm.utils.jit_monitor
   signature | is_active | warmup_worker.py | asked once
   source | _handle_jit_event _log_triton_jit_compile _log_cutedsl_jit_compile _log_tilelang_jit_compile | \
@@ -384,6 +394,7 @@ vllm.utils.multi_stream_utils
 vllm.v1.attention.backends.mla
   exists | sparse_swa | cpu_gaps.py | names of layer types
 vllm.v1.attention.backends.mla.indexer
+  source | _supports_varlen_paged_mqa_logits | deepgemm_build.py | each token is a row on sm_100 | indices
   exists | DeepseekV32IndexerMetadataBuilder | warmup_steps.py | has the schedule's arguments
   exists | DeepseekV32IndexerMetadataBuilder.num_sms | warmup_steps.py | an argument
 vllm.v1.attention.backends.mla.sparse_swa

@@ -24,12 +24,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
+
+SizesT = TypeVar("SizesT")
 
 RECORD = "built.json"
 # Steps with more tokens than every SM has a tile of 64 for are not split, however many they are.
@@ -58,19 +60,20 @@ MODELS = {
 }
 
 
-def find_sizes(name: str) -> Sizes:
-    """Those of a published model, or of a config.json.
+def find_sizes(name: str, published: Mapping[str, SizesT]) -> SizesT:
+    """Those of a published model, or of a config.json in the same dataclass.
 
     Raises: ValueError - it is neither.
     """
-    if name in MODELS:
-        return MODELS[name]
+    if name in published:
+        return published[name]
+    sizes: Any = type(next(iter(published.values())))
     try:
         config = json.loads(Path(name).read_text(encoding="utf-8"))
-        return Sizes(**{field.name: config[field.name] for field in dataclasses.fields(Sizes)})
+        return sizes(**{field.name: config[field.name] for field in dataclasses.fields(sizes)})
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"--model: {name!r} is neither one of {', '.join(MODELS)} nor a config.json of DeepSeek-V4: {error!r}"
+            f"--model: {name!r} is neither one of {', '.join(published)} nor a config.json of DeepSeek-V4: {error!r}"
         ) from error
 
 
@@ -206,13 +209,38 @@ def build(models: Mapping[str, Sizes], archs: Iterable[str], out: Path, jobs: in
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: built, or left out and why is printed and recorded; 1: not built; 64: wrong usage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """See `command`."""
+    return command("tilelang_build", "TileLang", str(__doc__), MODELS, missing_tool, build, argv)
+
+
+def command(
+    tool: str,
+    library: str,
+    about: str,
+    published: Mapping[str, SizesT],
+    missing: Callable[[], str],
+    build_set: Callable[[Mapping[str, SizesT], Sequence[str], Path, int], int],
+    argv: list[str] | None,
+) -> int:
+    """The command line of a build of this kind: of one library's kernels, for models and architectures.
+
+    Args:
+        tool, library: whose name is in front of lines, and whose kernels they are.
+        about: of --help.
+        published: name -> sizes.
+        missing: what keeps the library from compiling here, or nothing.
+        build_set: as `build`; RuntimeError, ValueError and OSError are failures of the build.
+        argv: None: the process's own.
+
+    Returns: 0: built, or left out and why is printed and recorded; 1: not built; 64: wrong usage.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty")
-    parser.add_argument("--model", default=",".join(MODELS), help=f"default {','.join(MODELS)}; or a config.json")
+    names = ",".join(published)
+    parser.add_argument("--model", default=names, help=f"default {names}; or a config.json")
     parser.add_argument("--arch", default=",".join(NUM_SMS), help=f"default {','.join(NUM_SMS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default one a core")
-    parser.add_argument("--require", action="store_true", help="fail where there is no TileLang or no nvcc")
+    parser.add_argument("--require", action="store_true", help=f"fail where there is no {library} or no nvcc")
     args = parser.parse_args(argv)
     archs = args.arch.split(",")
     try:
@@ -220,23 +248,23 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--arch: {', '.join(sorted(unknown))}, expected some of {', '.join(NUM_SMS)}")
         if args.out.is_dir() and any(args.out.iterdir()):
             raise ValueError(f"--out: {args.out} is not empty; name a new folder")
-        models = {name: find_sizes(name) for name in args.model.split(",")}
+        models = {name: find_sizes(name, published) for name in args.model.split(",")}
     except ValueError as error:
-        print(f"tilelang_build: {error}", file=sys.stderr)
+        print(f"{tool}: {error}", file=sys.stderr)
         return 64
     args.out.mkdir(parents=True, exist_ok=True)
-    if reason := missing_tool():
-        print(f"tilelang_build: left out, every start will compile: {reason}", file=sys.stderr, flush=True)
+    if reason := missing():
+        print(f"{tool}: left out, every start will compile: {reason}", file=sys.stderr, flush=True)
         (args.out / RECORD).write_text(json.dumps({"left_out": reason}) + "\n", encoding="utf-8")
         return int(args.require)
     start = time.perf_counter()
     try:
-        total = build(models, archs, args.out, args.jobs)
-    except RuntimeError as error:
-        print(f"tilelang_build: {error}", file=sys.stderr)
+        total = build_set(models, archs, args.out, args.jobs)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"{tool}: {error}", file=sys.stderr)
         return 1
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    print(f"{total} TileLang kernels, {size / 2**20:.1f} MiB, in {time.perf_counter() - start:.0f} s: {args.out}")
+    print(f"{total} {library} kernels, {size / 2**20:.1f} MiB, in {time.perf_counter() - start:.0f} s: {args.out}")
     return 0
 
 

@@ -1,14 +1,7 @@
-"""TileLang's kernels built ahead of time (`tilelang_build`): put where TileLang looks, and what it still compiled counted.
-
-The hard part is that TileLang must be able to write: where a kernel is not in its cache, it compiles and stores it, and a
-folder that it cannot write ends the engine. So the set stays read-only in the image, and each of its kernels is a link in
-TileLang's own folder, TILELANG_CACHE_DIR. Whatever is there and no link was compiled here, at this start or, where the
-folder outlives a pod, at an earlier one.
-"""
+"""TileLang's kernels built ahead of time (`tilelang_build`): put where TileLang looks (`linked_set`), and checked."""
 
 import importlib.metadata
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -18,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4 import env, tilelang_build
-
-logger = logging.getLogger("vllm.nvfp4")
-
-# TileLang's own layout: version, platform, kernels, hash.
-_ENTRIES = "*/*/kernels/*"
+from vllm_nvfp4.linked_set import LinkedSet
 
 
 def cache_folder() -> Path:
     """Where TileLang of this process looks, by its own rule."""
     return Path(os.environ.get("TILELANG_CACHE_DIR", Path("~/.tilelang/cache").expanduser()))
+
+
+# TileLang's own layout: version, platform, kernels, hash.
+_SET = LinkedSet("TileLang", env.TILELANG_DIR, cache_folder, "TILELANG_CACHE_DIR", "*/*/kernels/*")
+link, report = _SET.link, _SET.report
 
 
 @cache
@@ -36,46 +30,7 @@ def use() -> int:
 
     Raises: RuntimeError - there is no such folder, or TileLang's cannot be written.
     """
-    asked = env.text(env.TILELANG_DIR)
-    if not asked:
-        return 0
-    folder = Path(asked)
-    if not folder.is_dir():
-        raise RuntimeError(
-            f"{env.TILELANG_DIR.name}={asked} is no folder; build a set there, or unset it to compile at start"
-        )
-    try:
-        count = link(folder, cache_folder())
-    except OSError as error:
-        raise RuntimeError(
-            f"TileLang's cache cannot be written ({error}); set TILELANG_CACHE_DIR to a folder that can"
-        ) from error
-    logger.info("TileLang: %d kernels built ahead of time in %s", count, folder)
-    return count
-
-
-def link(folder: Path, target: Path) -> int:
-    """Make each kernel of `folder` a link in the cache `target`; several ranks may do so at once. Returns how many."""
-    for old in target.glob(_ENTRIES):
-        # Of an image before this one: TileLang could neither load it nor replace it.
-        if old.is_symlink() and not old.exists():
-            old.unlink(missing_ok=True)
-    entries = sorted(folder.resolve().glob(_ENTRIES))
-    for entry in entries:
-        place = target / entry.relative_to(folder.resolve())
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            place.symlink_to(entry)
-        except FileExistsError:
-            continue  # another rank's, or compiled here before
-    return len(entries)
-
-
-def report() -> None:
-    """Behind vLLM's warm-up: a warning where TileLang had to compile on this machine although a set is in use."""
-    compiled = sum(not path.is_symlink() for path in cache_folder().glob(_ENTRIES))
-    if compiled and env.text(env.TILELANG_DIR):
-        logger.warning("TileLang: %d kernels that the set lacks were compiled here, in %s", compiled, cache_folder())
+    return _SET.use()
 
 
 def check(folder: Path) -> list[str]:

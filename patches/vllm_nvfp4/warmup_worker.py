@@ -25,7 +25,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_nvfp4 import env, metrics, tilelang_set, warmup_steps
+from vllm_nvfp4 import deepgemm_set, env, metrics, tilelang_set, warmup_steps
 from vllm_nvfp4.status import CAPTURING, READY, UPSTREAM, Status, write_limits
 
 _status = Status("")
@@ -51,6 +51,7 @@ def follow(vllm_config: Any, status: Status) -> None:
         with warmup_steps.before_capture(self, _status), counted_graphs(self.model_runner, _status):
             times = warm_up(self)
         tilelang_set.report()
+        deepgemm_set.report()
         count_compilations(_status.rank)
         if _status.rank == 0 and (path := env.text(env.STATUS_FILE)):
             write_limits(path, _limits(self.vllm_config))

@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_nvfp4 import kernel_sets, model_loader, platform, tilelang_build, tilelang_set, warmup_worker
+from vllm_nvfp4 import deepgemm_set, kernel_sets, model_loader, platform, tilelang_build, tilelang_set, warmup_worker
 from vllm_nvfp4.status import Status
 
 STUB = Path(__file__).with_name("tilelang_stub")
@@ -168,8 +168,9 @@ def test_a_cache_of_another_layout_ends_the_build(tmp_path: Path, capsys: pytest
 
 def test_published_sizes_are_those_of_their_configs(root: Path) -> None:
     for name, sizes in tilelang_build.MODELS.items():
-        assert tilelang_build.find_sizes(str(root / "tests" / "data" / "configs" / f"{name}.json")) == sizes
-        assert tilelang_build.find_sizes(name) == sizes
+        config = str(root / "tests" / "data" / "configs" / f"{name}.json")
+        assert tilelang_build.find_sizes(config, tilelang_build.MODELS) == sizes
+        assert tilelang_build.find_sizes(name, tilelang_build.MODELS) == sizes
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ class Worker:
 said: list[str] = []
 
 
-def test_the_set_is_used_in_front_of_the_model_and_the_rest_reported_behind_vllms_warm_up(
+def test_sets_are_used_in_front_of_the_model_and_the_rest_reported_behind_vllms_warm_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def construct(*_: Any, **__: Any) -> None:
@@ -320,8 +321,9 @@ def test_the_set_is_used_in_front_of_the_model_and_the_rest_reported_behind_vllm
     monkeypatch.setattr(model_loader, "get_world_group", lambda: SimpleNamespace(rank=0))
     monkeypatch.setattr(platform, "backend", lambda: "sm90")
     monkeypatch.setattr(kernel_sets, "use", lambda: 0)
-    monkeypatch.setattr(tilelang_set, "use", lambda: said.append("use"))
-    monkeypatch.setattr(tilelang_set, "report", lambda: said.append("report"))
+    for kernels in (tilelang_set, deepgemm_set):
+        monkeypatch.setattr(kernels, "use", lambda: said.append("use"))
+        monkeypatch.setattr(kernels, "report", lambda: said.append("report"))
     monkeypatch.setattr(model_loader.DefaultModelLoader, "load_model", construct)
     loader = object.__new__(model_loader.Nvfp4ModelLoader)
     with pytest.raises(KeyError, match="no further"):
@@ -332,11 +334,11 @@ def test_the_set_is_used_in_front_of_the_model_and_the_rest_reported_behind_vllm
     config = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=f"{__name__}.Worker"))
     warmup_worker.follow(config, Status(""))
     Worker().compile_or_warm_up_model()
-    assert said == ["use", "model", "vLLM's warm-up", "report"]
+    assert said == ["use", "use", "model", "vLLM's warm-up", "report", "report"]
     monkeypatch.setattr(platform, "backend", lambda: "reference")
     with pytest.raises(KeyError, match="no further"):
         loader.load_model(SimpleNamespace(), SimpleNamespace())
-    assert said[4:] == ["model"], "nothing of TileLang runs on a CPU"
+    assert said[6:] == ["model"], "nothing of TileLang and DeepGEMM runs on a CPU"
 
 
 def test_a_folder_without_a_record_is_no_set(tmp_path: Path) -> None:

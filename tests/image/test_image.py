@@ -71,8 +71,8 @@ def test_a_change_to_our_code_rebuilds_neither_base_nor_kernels(
     after = store.layers("localhost/nvfp4-test-changed")
     base = store.layers(cpu_base)
     assert after != before
-    # The two layers behind the base hold the kernels.
-    assert after[: len(base) + 2] == before[: len(base) + 2]
+    # The three layers behind the base hold the kernels.
+    assert after[: len(base) + 3] == before[: len(base) + 3]
     assert " kernels, " not in log, "kernels were compiled again"
     store.build(tree, "cpu", debian)
 
@@ -92,12 +92,14 @@ def test_nothing_but_the_server(container: Container) -> None:
     done = container.run("sh", "-c", "for c in cc gcc g++ clang ld git; do command -v $c; done; ls /tmp /models; id -u")
     assert done.stdout.split() == ["/models:", "tiny", "/tmp:", "10001"]
     kept = {path.name for path in (container.root / "opt/nvfp4").iterdir()}
-    assert kept == {"aot", "requirements", "sbom.json", "scripts", "tilelang", "versions.env"}
+    assert kept == {"aot", "deepgemm", "requirements", "sbom.json", "scripts", "tilelang", "versions.env"}
 
 
 def test_what_the_flavor_has_not_is_recorded(container: Container) -> None:
     record = json.loads((container.root / "opt/nvfp4/tilelang/built.json").read_text())
     assert record == {"left_out": "tilelang is not installed"}
+    record = json.loads((container.root / "opt/nvfp4/deepgemm/built.json").read_text())
+    assert record == {"left_out": "DeepGEMM is not installed"}
 
 
 def test_kernels_are_for_every_architecture_asked(container: Container) -> None:
@@ -118,7 +120,7 @@ def test_the_check_passes_as_pods_run(container: Container) -> None:
     done = container.run(*CHECK)
     assert done.returncode == 0, done.stderr
     verdicts = [line.split(": ")[1] for line in done.stdout.splitlines() if line.endswith(": right")]
-    assert verdicts == ["versions", "seams", "plugin", "kernels", "tilelang", "files"]
+    assert verdicts == ["versions", "seams", "plugin", "kernels", "tilelang", "deepgemm", "files"]
 
 
 @pytest.fixture
