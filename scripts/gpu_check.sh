@@ -15,7 +15,7 @@
 #   BENCH_PEERS     default marlin,cublas for linear and marlin for moe; none without vLLM; may name humming (pip's
 #                   humming-kernels in the version that vLLM asks for), which compiles long at a shape's first call
 #   MIDSIZE_DIR     where that checkpoint is, or is made (11 GB), default ${TMPDIR:-/tmp}/nvfp4-midsize
-#   SERVE_LIMIT_S   until the server must be ready, default 600
+#   SERVE_LIMIT_S   until the server must be ready, default 600; SERVE_FLAGS, PROOF_FLAGS: of serve.sh and warmup.py
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
@@ -53,7 +53,8 @@ sets() (
     # Both believe in a GPU that they choose.
     export CUDA_VISIBLE_DEVICES=
     "$PYTHON" -m cutedsl.aot build --model deepseek-v4-pro --arch "$arch" --out "$sets/cutedsl" &&
-        "$PYTHON" -m vllm_nvfp4.tilelang_build --arch "$arch" --model "$models" --out "$sets/tilelang" --require
+        "$PYTHON" -m vllm_nvfp4.tilelang_build --arch "$arch" --model "$models" --out "$sets/tilelang" --require &&
+        "$PYTHON" -m vllm_nvfp4.deepgemm_build --arch "$arch" --model "$models" --out "$sets/deepgemm" --require
 )
 
 midsize() {
@@ -79,7 +80,7 @@ serve() (
     echo "ready: exit code $ready after $((SECONDS - begin)) s: $(tail -n 1 "$work/probe")"
     grep -h "sweep_requests" "$out/server.log"
     if [ $ready = 0 ]; then
-        "$PYTHON" scripts/warmup.py --local --cache "$VLLM_CACHE_ROOT" || code=1
+        "$PYTHON" scripts/warmup.py --local --cache "$VLLM_CACHE_ROOT" ${PROOF_FLAGS-} || code=1
         "$PYTHON" scripts/load_test.py --url "http://127.0.0.1:$NVFP4_PORT" --users 8 --seconds "${LOAD_S:-20}" || code=1
     fi
     kill -TERM $pid
@@ -104,6 +105,7 @@ failed=()
 use_sets() {
     [ ! -d "$sets/cutedsl" ] || export NVFP4_AOT_DIR=${NVFP4_AOT_DIR:-$sets/cutedsl}
     [ ! -d "$sets/tilelang" ] || export NVFP4_TILELANG_DIR=${NVFP4_TILELANG_DIR:-$sets/tilelang}
+    [ ! -d "$sets/deepgemm" ] || export NVFP4_DEEPGEMM_DIR=${NVFP4_DEEPGEMM_DIR:-$sets/deepgemm}
 }
 
 for step in "${steps[@]}"; do
