@@ -161,7 +161,9 @@ def test_a_peer_that_fails_ends_only_itself(
         else:
             assert of_m["humming"]["error"] == message
             assert (of_m["humming"]["n"], "us" in of_m["humming"]) == (48, False)
-    assert output.err == f"FAILED PEER: {LINEAR} humming: {message}\n"
+    # Libraries may warn there too, the first time that they are imported.
+    said = [line for line in output.err.splitlines() if line.startswith("FAILED")]
+    assert said == [f"FAILED PEER: {LINEAR} humming: {message}"]
 
 
 def test_vllm_says_why_there_is_no_humming(bench: dict) -> None:
