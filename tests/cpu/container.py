@@ -146,6 +146,7 @@ class Container:
         """The data lines of a streamed completion of so many tokens, until its end."""
         connection = http.client.HTTPConnection("127.0.0.1", self.ports["http"], timeout=120)
         body = {"prompt": [1, 2, 3], "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+        body["return_token_ids"] = True
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         answer = connection.getresponse()
