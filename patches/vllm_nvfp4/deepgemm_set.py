@@ -1,6 +1,5 @@
 """DeepGEMM's kernels built ahead of time (`deepgemm_build`): put where DeepGEMM looks (`linked_set`), and checked."""
 
-import json
 import os
 from functools import cache
 from pathlib import Path
@@ -38,11 +37,10 @@ def check(folder: Path) -> list[str]:
     Needs no GPU, and nothing is compiled; but nvcc must say its version, for DeepGEMM asks for it at each start.
     """
     try:
-        record = json.loads((folder / deepgemm_build.RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{folder} is no set: {error}"]
-    if reason := record.get("left_out"):
-        print(f"deepgemm_set: there is none, every start compiles: {reason}", flush=True)
+        record = _SET.record(folder)
+    except ValueError as error:
+        return [str(error)]
+    if record is None:
         return []
     models = [deepgemm_build.Sizes(**sizes) for sizes in record["models"].values()]
     try:

@@ -6,12 +6,15 @@ the library's own folder. Whatever is there and no link was compiled here, at th
 pod, at an earlier one.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_nvfp4 import env
+from vllm_nvfp4.tilelang_build import RECORD
 
 logger = logging.getLogger("vllm.nvfp4")
 
@@ -67,6 +70,20 @@ class LinkedSet:
             except FileExistsError:
                 continue  # another rank's, or compiled here before
         return len(entries)
+
+    def record(self, folder: Path) -> dict[str, Any] | None:
+        """What the build of `folder` says of it; None where the build left the set out, and why is printed.
+
+        Raises: ValueError - `folder` is no set.
+        """
+        try:
+            record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is no set: {error}") from error
+        if reason := record.get("left_out"):
+            print(f"{self.library.lower()}_set: there is none, every start compiles: {reason}", flush=True)
+            return None
+        return record
 
     def report(self) -> None:
         """Behind vLLM's warm-up: a warning where the library had to compile on this machine although a set is in use."""

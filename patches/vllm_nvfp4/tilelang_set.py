@@ -1,7 +1,6 @@
 """TileLang's kernels built ahead of time (`tilelang_build`): put where TileLang looks (`linked_set`), and checked."""
 
 import importlib.metadata
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -39,11 +38,10 @@ def check(folder: Path) -> list[str]:
     Needs neither a GPU nor a compiler; nothing is compiled.
     """
     try:
-        record = json.loads((folder / tilelang_build.RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{folder} is no set: {error}"]
-    if reason := record.get("left_out"):
-        print(f"tilelang_set: there is none, every start compiles: {reason}", flush=True)
+        record = _SET.record(folder)
+    except ValueError as error:
+        return [str(error)]
+    if record is None:
         return []
     version = importlib.metadata.version("tilelang")
     if version != record["tilelang"]:
