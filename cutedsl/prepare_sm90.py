@@ -6,7 +6,7 @@ masks make BF16 numbers of them, and block scales whose bits are nearly those of
 
 The hard part is memory and time. A layer's experts fill a good part of a GPU, so that nothing may exist twice, and a model
 has too many blocks for loops over them. A block of 64 rows and 128 k takes as many bytes after as before, and so do all
-blocks of 64 rows: `CHUNK_BYTES` of them are permuted at a time, by a handful of large operations, and go back to where they
+blocks of 64 rows: `CHUNK_BYTES` of them are permuted at a time, by a handful of operations, and go back to where they
 were. A matrix whose rows are no multiple of 64, or whose K is no multiple of 128, does not fit where it was: it (a stack
 of them as a whole) gets a new tensor, padded with zeros; whoever holds the old one should drop it.
 

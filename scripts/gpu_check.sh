@@ -19,7 +19,7 @@
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,18s/^# \?//p' "$0" >&2
+    sed -n '2,${/^#/!q;s/^# \?//p}' "$0" >&2
     exit 64
 fi
 out=$(realpath -m "$1")
@@ -56,6 +56,12 @@ sets() (
         "$PYTHON" -m vllm_nvfp4.tilelang_build --arch "$arch" --model "$models" --out "$sets/tilelang" --require &&
         "$PYTHON" -m vllm_nvfp4.deepgemm_build --arch "$arch" --model "$models" --out "$sets/deepgemm" --require
 )
+
+use_sets() {
+    [ ! -d "$sets/cutedsl" ] || export NVFP4_AOT_DIR=${NVFP4_AOT_DIR:-$sets/cutedsl}
+    [ ! -d "$sets/tilelang" ] || export NVFP4_TILELANG_DIR=${NVFP4_TILELANG_DIR:-$sets/tilelang}
+    [ ! -d "$sets/deepgemm" ] || export NVFP4_DEEPGEMM_DIR=${NVFP4_DEEPGEMM_DIR:-$sets/deepgemm}
+}
 
 midsize() {
     random_model && "$PYTHON" scripts/gpu_engine.py --model "$model" --out "$out/midsize.json"
@@ -102,12 +108,6 @@ run() { # STEP COMMAND...
 }
 
 failed=()
-use_sets() {
-    [ ! -d "$sets/cutedsl" ] || export NVFP4_AOT_DIR=${NVFP4_AOT_DIR:-$sets/cutedsl}
-    [ ! -d "$sets/tilelang" ] || export NVFP4_TILELANG_DIR=${NVFP4_TILELANG_DIR:-$sets/tilelang}
-    [ ! -d "$sets/deepgemm" ] || export NVFP4_DEEPGEMM_DIR=${NVFP4_DEEPGEMM_DIR:-$sets/deepgemm}
-}
-
 for step in "${steps[@]}"; do
     sanitizer=(compute-sanitizer --error-exitcode 1 --tool)
     use_sets

@@ -42,7 +42,7 @@ SHAPES = {
     "flash.shared_l2": (4096, 2048),
 }
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
-PEERS = ("marlin", "humming", "cublas")
+PEERS = common.PEERS
 # Tensor scale of inputs from a normal distribution: the largest of them are about 6.
 INPUT_SCALE = 6 / 2688
 # Bytes of code and block scale of a weight; of a BF16 number.

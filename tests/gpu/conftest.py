@@ -1,8 +1,7 @@
 """The GPU suite: needs one NVIDIA GPU of compute capability 9.0 or 10.0 and this package. Without it every test fails.
 
 Kernels are compiled by CuTe DSL when they are first called, or loaded from the set that NVFP4_AOT_DIR names (engines: and
-other libraries' kernels from theirs, docs/warmup.md). What is marked
-`engine` needs vLLM 0.32.0 for CUDA too.
+other libraries' kernels from theirs, docs/warmup.md). What is marked `engine` needs vLLM 0.32.0 for CUDA too.
 """
 
 import os
