@@ -54,7 +54,7 @@ sets() (
     export CUDA_VISIBLE_DEVICES=
     "$PYTHON" -m cutedsl.aot build --model deepseek-v4-pro --arch "$arch" --out "$sets/cutedsl" &&
         "$PYTHON" -m vllm_nvfp4.tilelang_build --arch "$arch" --model "$models" --out "$sets/tilelang" --require &&
-        "$PYTHON" -m vllm_nvfp4.deepgemm_build --arch "$arch" --model "$models" --out "$sets/deepgemm" --require
+        "$PYTHON" -m vllm_nvfp4.deepgemm_build --arch "$arch" --model "$model/config.json" --out "$sets/deepgemm" --require
 )
 
 use_sets() {
