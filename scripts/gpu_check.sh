@@ -14,7 +14,8 @@
 #   BENCH_SECONDS   of measuring, without preparation, for each benchmark, default 100
 #   BENCH_PEERS     default marlin,cublas for linear and marlin for moe; none without vLLM; may name humming (pip's
 #                   humming-kernels in the version that vLLM asks for), which compiles long at a shape's first call
-#   MIDSIZE_DIR     where that checkpoint is, or is made (11 GB), default ${TMPDIR:-/tmp}/nvfp4-midsize
+#   MIDSIZE_DIR     where that checkpoint is, or is made (11 GB), default ${TMPDIR:-/tmp}/nvfp4-midsize; MIDSIZE_FLAGS: of
+#                   gpu_engine.py
 #   SERVE_LIMIT_S   until the server must be ready, default 600; SERVE_FLAGS, PROOF_FLAGS: of serve.sh and warmup.py
 set -uo pipefail
 
@@ -64,7 +65,7 @@ use_sets() {
 }
 
 midsize() {
-    random_model && "$PYTHON" scripts/gpu_engine.py --model "$model" --out "$out/midsize.json"
+    random_model && "$PYTHON" scripts/gpu_engine.py --model "$model" --out "$out/midsize.json" ${MIDSIZE_FLAGS-}
 }
 
 serve() (

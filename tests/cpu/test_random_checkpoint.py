@@ -224,7 +224,8 @@ def test_times() -> None:
 
 
 def answer(tokens: list[int], chosen: list[float]) -> Request:
-    return Request([1, 2], len(tokens), True, tokens=tokens, chosen=chosen)
+    best = [{token: value, 7: -3.0} | {token: value} for token, value in zip(tokens, chosen, strict=True)]
+    return Request([1, 2], len(tokens), True, tokens=tokens, best=best)
 
 
 def test_compare_looks_no_further_than_the_first_difference() -> None:
@@ -235,6 +236,40 @@ def test_compare_looks_no_further_than_the_first_difference() -> None:
     assert (found["tokens"], found["largest_logprob_distance"]) == (6, 0.5)
     assert [row["logprob"] for row in found["each"]] == [0.25, 0.5]
     assert gpu_engine.compare(one, one)["first_difference"] is None
+
+
+def test_compare_knows_near_ties() -> None:
+    """7 is among the best of every token, at -3; 8 is not."""
+    found = gpu_engine.compare([answer([1, 7], [-1.0, -3.0])], [answer([1, 2], [-1.0, -2.75])])
+    assert (found["largest_gap"], found["different_tokens"]) == (math.inf, 1)  # 2 was not among the first's
+    one = Request([1], 1, True, tokens=[4], best=[{4: -1.0, 5: -1.125}])
+    other = Request([1], 1, True, tokens=[5], best=[{5: -1.0, 4: -1.25}])
+    assert gpu_engine.compare([one], [other])["largest_gap"] == 0.25
+    assert gpu_engine.compare([one], [one])["largest_gap"] == 0.0
+
+
+def test_alone_and_together_may_differ_in_near_ties_only(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    run.answers["before"] = [Request([1], 1, True, tokens=[4], best=[{4: -1.0, 5: -1.0 - gpu_engine.NEAR_TIE / 2}])]
+    for other, good in (-1.0 - gpu_engine.NEAR_TIE / 2, True), (-1.0 - gpu_engine.NEAR_TIE, False):
+        run.answers["together"] = [Request([1], 1, True, tokens=[5], best=[{5: -1.0, 4: other}])]
+        run.compare("alone_together", "before", "together")
+        assert run.found["checks"]["alone equals together, but for near ties"] is good
+
+
+def test_answers_are_compared_with_those_of_an_earlier_run(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    run.answers["before"] = [answer([3, 4], [-1.0, -2.0])]
+    run.against()
+    run.args.out.write_text(json.dumps(run.found))
+    other = new_run(tmp_path)
+    other.args.against = run.args.out
+    other.answers["before"] = [answer([3, 4], [-1.0, -2.5])]
+    other.against()
+    assert other.found["against"]["largest_logprob_distance"] == 0.5
+    other.answers["before"] = [Request([9], 1, True, tokens=[4], best=[{4: -1.0}])]
+    with pytest.raises(ValueError, match="other requests"):
+        other.against()
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -369,7 +404,8 @@ def test_rehearsal_on_a_cpu(small: Path, tmp_path: Path) -> None:
     assert found["before_after"]["different_tokens"] == 0
     assert found["checks"] == dict.fromkeys(
         (
-            "no fallbacks", "nothing compiled while serving", "alone equals together", "log-probabilities are finite",
+            "no fallbacks", "nothing compiled while serving", "alone equals together, but for near ties",
+            "log-probabilities are finite",
             "weights as planned", "every request answered",
         ), True,
     )  # fmt: skip
