@@ -57,7 +57,9 @@ tile, and none has a second, whose loads would be where sums are left. The store
 receiver waits at: no fence, which would wait for all loads under way.
 
 One group. A linear's tokens are all rows of X, which the host knows (`one_group`): no CTA counts tiles of experts or looks up
-where their rows begin, which are two loads, one after the other, before the first of X.
+where their rows begin, which are two loads, one after the other, before the first of X. Its tokens may be many: tiles are
+walked in bands of BAND_TOKENS, all weights for one band and then for the next, so that the tiles under way at a time are
+about square and what they read stays in L2.
 
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
@@ -105,6 +107,10 @@ MAX_SUMS = 320
 MIN_WIDTH, WIDTH_STEP = 32, 16
 # Tokens of a tile: of a linear with few tokens and with many, and of several groups at most.
 MAX_SMALL_TILE_N, LARGE_TILE_N, MAX_GROUPED_TILE_N = 64, 128, 160
+# More tokens than these keep the GPU busy until its clock falls: steps take longer then.
+MANY_TOKENS = 2048
+# Tokens of a band, or as many whole tiles as fit: 132 tiles of 256 x 128 then read about as many bytes of X as of weights.
+BAND_TOKENS = 1024
 # CTAs of a cluster: what every Hopper GPU has room for. Source: CUDA C++ Programming Guide, "Thread Block Clusters".
 MAX_CLUSTER_K = 8
 # Tokens of a tile for which four warpgroups are at least as fast as two. Source: docs/bench/sm90.md.
@@ -383,7 +389,7 @@ def all_configs(epilogue: str, arch: str = "sm_90a") -> tuple[Config, ...]:
     """
     tiles = {_grouped_tile(tokens) for tokens in range(1, MAX_GROUPED_TILE_N + 1)}
     found = [_grouped_config(epilogue, tile_n, even, arch) for tile_n in sorted(tiles) for even in (False, True)]
-    for tokens in (8, 16, 32, MAX_SMALL_TILE_N, MAX_SMALL_TILE_N + 1):
+    for tokens in (8, 16, 32, MAX_SMALL_TILE_N, MANY_TOKENS, MANY_TOKENS + 1):
         found += [_linear_config(epilogue, split, arch) for split in _splits(tokens)]
     return tuple(dict.fromkeys(found))
 
@@ -394,7 +400,7 @@ class _Split(NamedTuple):
     Attributes:
         step_us: of a step of K of a tile.
         round_us: of what comes in each round of tiles besides: the first loads, the exchange of sums, the results.
-        fixed_us: of what comes once.
+        fixed_us: of what comes once; with even shares, of each tile behind a CTA's first.
         share_us: with even shares, of each share that a tile has.
     """
 
@@ -444,15 +450,29 @@ def _splits(tokens: int) -> tuple[_Split, ...]:
             _Split(128, tile_n, 0.50, 4.4, cluster_k=8),
             _Split(256, tile_n, 0.88, 5.5, cluster_k=4),
         )
+    if tokens <= MANY_TOKENS:
+        return (
+            _Split(256, LARGE_TILE_N, 1.170, 4.01),
+            _Split(256, 96, 0.979, 3.04, 0.56),
+            _Split(128, 256, 1.290, 2.02, 3.12),
+            _Split(128, 192, 0.903, 2.33, 0.44),
+            _Split(128, LARGE_TILE_N, 0.616, 2.13, 1.30),
+            _Split(128, 96, 0.545, 1.47, 1.50),
+            _Split(128, 64, 0.449, 1.43, 1.97),
+            _Split(128, LARGE_TILE_N, 0.717, 6.17, 1.56, 0.55, even=True),
+            _Split(128, LARGE_TILE_N, 0.641, 5.61, cluster_k=2),
+            _Split(128, LARGE_TILE_N, 0.629, 4.85, 1.20, cluster_k=4),
+            _Split(128, LARGE_TILE_N, 0.644, 4.93, 1.36, cluster_k=8),
+            _Split(128, 96, 0.543, 4.63, 0.80, cluster_k=2),
+            _Split(128, 64, 0.469, 4.35, cluster_k=2),
+            _Split(128, 64, 0.476, 3.22, 1.04, cluster_k=4),
+        )
     return (
-        _Split(256, LARGE_TILE_N, 1.149, 3.85, 2.84),
-        _Split(128, LARGE_TILE_N, 0.612, 2.04, 1.75),
-        _Split(128, LARGE_TILE_N, 0.719, 6.33, share_us=0.52, even=True),
-        _Split(128, LARGE_TILE_N, 0.641, 5.61, cluster_k=2),
-        _Split(128, LARGE_TILE_N, 0.629, 4.85, 1.20, cluster_k=4),
-        _Split(128, LARGE_TILE_N, 0.644, 4.93, 1.36, cluster_k=8),
-        _Split(128, LARGE_TILE_N // 2, 0.469, 4.35, cluster_k=2),
-        _Split(128, LARGE_TILE_N // 2, 0.476, 3.22, 1.04, cluster_k=4),
+        _Split(256, LARGE_TILE_N, 1.336, 2.98),
+        _Split(256, 96, 1.207, 2.25),
+        _Split(128, 256, 1.682, 0.29),
+        _Split(128, 192, 1.072, 1.79),
+        _Split(128, LARGE_TILE_N, 0.760, 1.49),
     )
 
 
@@ -462,7 +482,8 @@ def _time_us(shape: Shape, split: _Split, num_sms: int) -> float:
     num_tiles = -(-shape.n // split.tile_w) * -(-max(shape.tokens, 1) // split.tile_n)
     if split.even:
         num_shares = min(num_sms, max(num_tiles * num_k // MIN_STEPS, 1))
-        exchange_us = split.round_us + max(num_shares / num_tiles, 1.0) * split.share_us
+        tiles, shares = max(num_tiles / num_shares, 1.0), max(num_shares / num_tiles, 1.0)
+        exchange_us = split.round_us + (tiles - 1) * split.fixed_us + shares * split.share_us
         return num_tiles * num_k / num_shares * split.step_us + exchange_us
     # SMs of a part of the GPU that are no whole cluster have nothing to do: so few clusters of 4 and 8 ran at a time.
     clusters = num_sms // split.cluster_k if split.cluster_k <= 2 else (num_sms - 12) // split.cluster_k
@@ -1254,13 +1275,19 @@ class GroupedGemmSm90:
             before = tiles.sTile[expert]
             num_token_tiles = tiles.sTile[expert + 1] - before
         in_expert = tile - before * tiles.num_w
-        w_tile = in_expert // num_token_tiles * self.config.cluster_w + tiles.rank
+        before_band, in_band = cutlass.Int32(0), num_token_tiles
+        if cutlass.const_expr(self.config.one_group):
+            of_band = BAND_TOKENS // self.config.tile_n
+            before_band = in_expert // (of_band * tiles.num_w) * of_band
+            in_expert -= before_band * tiles.num_w
+            in_band = cutlass.min(num_token_tiles - before_band, of_band)
+        w_tile = in_expert // in_band * self.config.cluster_w + tiles.rank
         tile_tokens, count = cutlass.Int32(self.config.tile_n), tiles.num_rows
         if cutlass.const_expr(not self.config.one_group):
             count = mCount[expert]
         if cutlass.const_expr(len(self.config.widths) > 1):
             tile_tokens = cute.ceil_div(cute.ceil_div(count, num_token_tiles), WIDTH_STEP) * WIDTH_STEP
-        first_token = in_expert % num_token_tiles * tile_tokens
+        first_token = (before_band + in_expert % in_band) * tile_tokens
         return _Tile(expert, w_tile, first_token, cutlass.min(count - first_token, tile_tokens))
 
     @cute.jit

@@ -36,14 +36,15 @@ from cutedsl.prepare_sm90 import Operand, prepare_experts
 from cutedsl.quantize import dequantize, quantize_weight
 
 SPECS = (
-    "cublas;chosen;256xN;256xN,c4;256xN,k4;256xN,k4,c4;128xN;128xN,even;128xN,k2;128xN,k4;128xN,k8;128x64,k2;128x64,k4"
+    "cublas;chosen;256xN;256xN,c4;256xN,k4;256xN,k4,c4;128xN;128xN,even;128xN,k2;128xN,k4;128xN,k8;"
+    "256x96;128x64;128x64,k2;128x64,k4;128x96;128x96,k2;128x192;128x256"
 )
-MS = (1, 8, 16, 32, 64, 128, 256, 512)
+MS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 # Nothing to fit.
 OTHERS = ("cublas", "chosen")
 PARTS = {"w": "cluster_w", "k": "cluster_k", "c": "num_consumers"}
 # The most tokens of a class: `_splits` has times for each, and for more.
-CLASSES = (16, 32, gemm.MAX_SMALL_TILE_N)
+CLASSES = (16, 32, gemm.MAX_SMALL_TILE_N, gemm.MANY_TOKENS)
 TERMS = ("step_us", "round_us", "fixed_us", "share_us")
 # Fewer rows would say nothing about as many terms. A choice within NEAR of the best is as good.
 MIN_ROWS, NEAR = 4, 1.02

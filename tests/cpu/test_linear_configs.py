@@ -84,9 +84,9 @@ def test_fit(configs: ModuleType) -> None:
     wrong = rows[0] | {"us": 1e6, "ok": False}
     peer = rows[0] | {"us": 1.0, "spec": "cublas"}
     fits = configs.fit([*rows, wrong, peer])
-    assert list(fits) == [("above 64", spec) for spec in TIMES_US]
+    assert list(fits) == [("to 2048", spec) for spec in TIMES_US]
     for spec, times in TIMES_US.items():
-        times_us, error, num_rows = fits["above 64", spec]
+        times_us, error, num_rows = fits["to 2048", spec]
         assert times_us == pytest.approx(times, abs=1e-3)
         assert (error < 1e-4, num_rows) == (True, 3 * len(configs.linear.SHAPES))
     assert configs.slower(rows, fits) == []
@@ -111,10 +111,9 @@ def test_rows_of_the_repository(
     assert "128xN,even" in capsys.readouterr().out
     rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["m"] in configs.MS]
     fits = configs.fit(rows)
-    for split in gemm._splits(128):
-        if split.cluster_k > 1 or split.even:
-            spec = (
-                f"128x{'N' if split.tile_n == 128 else split.tile_n},{'even' if split.even else f'k{split.cluster_k}'}"
-            )
+    for tokens, cls in (gemm.MANY_TOKENS, f"to {gemm.MANY_TOKENS}"), (gemm.MANY_TOKENS + 1, f"above {gemm.MANY_TOKENS}"):
+        for split in gemm._splits(tokens):
+            tile = f"{split.tile_w}x{'N' if split.tile_n == gemm.LARGE_TILE_N else split.tile_n}"
+            spec = tile + ",even" * split.even + f",k{split.cluster_k}" * (split.cluster_k > 1)
             times = [getattr(split, term) for term in configs.TERMS]
-            assert fits["above 64", spec][0] == pytest.approx(times, rel=0.03, abs=0.05)
+            assert fits[cls, spec][0] == pytest.approx(times, rel=0.03, abs=0.05), f"{cls}: {spec}"

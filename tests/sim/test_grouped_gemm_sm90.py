@@ -283,6 +283,8 @@ ONE_GROUP = [
     (small(BF16, 128, 64, one_group=True, even=True), ((65,), 136, 640, 3)),
     (small(BF16, 128, 16, one_group=True, cluster_w=2), ((20,), 264, 272, 1)),
     (small(BF16, 128, 16, one_group=True, cluster_k=2), ((33,), 136, 640, 1)),
+    # More than a band of tokens, and a tile of which no number makes one.
+    (small(BF16, 128, 96, one_group=True), ((gemm.BAND_TOKENS + 6,), 136, 64, 3)),
 ]
 
 
