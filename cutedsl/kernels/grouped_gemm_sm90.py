@@ -59,6 +59,13 @@ receiver waits at: no fence, which would wait for all loads under way.
 One group. A linear's tokens are all rows of X, which the host knows (`one_group`): no CTA counts tiles of experts or looks up
 where their rows begin, which are two loads, one after the other, before the first of X.
 
+Results in BF16 leave by copies (TMA) of 16 tokens by 64 columns, so that the next tile begins while they are under way.
+What is left of storing is time in which tensor cores idle: `stmatrix` turns two tokens' sums into neighbouring columns, and
+a unit has one barrier. It says that the unit is written, and that the next one's buffer is free, for which the warp that
+copies has waited before: with as many buffers as fit beside the stages that is a copy of long ago. A box is written as a
+whole. Of a single group the tensor map ends where the group does; otherwise D may have another's results behind a tile's last
+token, or behind an expert's last column, and a unit with these is stored by threads.
+
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
 
@@ -127,10 +134,12 @@ TILES_W = (128, 256)
 CONSUMER_REGISTERS = {2: 232, 4: 112}
 LOAD_REGISTERS = {2: 40, 4: 32}
 
-# Tokens whose results pass through shared memory at a time, and what they take there: for each token the 64 columns of a
-# block in BF16, or its 32 h in FP32, and 4 words so that tokens start in different banks.
-UNIT_TOKENS = 32
-TOKEN_WORDS = 32 + 4
+# Tokens whose results pass through shared memory at a time. Those in BF16 have more buffers than one, at most so many.
+UNIT_TOKENS = {BF16: 16, SWIGLU: 32, SWIGLU_NVFP4: 32}
+MAX_BUFFERS = 8
+# What a token takes there: the 64 columns of a block in BF16, one period of the swizzle; or its 32 h in FP32, and 4 words so
+# that tokens start in different banks.
+TOKEN_BYTES, TOKEN_WORDS = 128, 32 + 4
 # Columns of D that a thread stores: 16 bytes of BF16, or one block of h.
 BF16_UNIT = 8
 H_UNIT = NVFP4.block_size
@@ -226,7 +235,21 @@ class Config:
     @property
     def unit_tokens(self) -> int:
         """Tokens that pass through shared memory at a time."""
-        return math.gcd(self.store_n, UNIT_TOKENS)
+        return math.gcd(self.store_n, self.tile_n, UNIT_TOKENS[self.epilogue])
+
+    @property
+    def unit_bytes(self) -> int:
+        """What they take there."""
+        return self.unit_tokens * (TOKEN_BYTES if self.epilogue == BF16 else 4 * TOKEN_WORDS)
+
+    @property
+    def num_buffers(self) -> int:
+        """Units that a warpgroup has in shared memory: what fits beside the stages, and no more than a tile has."""
+        if self.epilogue != BF16:
+            return 1
+        units = self.blocks_of_warpgroup * self.store_n // self.unit_tokens
+        more_bytes = ARCHS[self.arch].smem_bytes - self.num_stages * self.stage_bytes - self.fixed_bytes
+        return min(units, MAX_BUFFERS, 1 + max(more_bytes, 0) // (self.num_consumers * self.unit_bytes))
 
     @property
     def sums_of_thread(self) -> int:
@@ -261,13 +284,14 @@ class Config:
 
     @property
     def fixed_bytes(self) -> int:
-        """Shared memory beside the stages: results on their way out, tiles of experts, barriers."""
-        return 4 * self.num_consumers * self.unit_tokens * TOKEN_WORDS + 4 * (MAX_EXPERTS + 4) + 2048
+        """Shared memory beside the stages, with one buffer: results on their way out, tiles of experts, barriers."""
+        return self.num_consumers * self.unit_bytes + 4 * (MAX_EXPERTS + 4) + 2048
 
     @property
     def smem_bytes(self) -> int:
         """Upper bound of a CTA's shared memory."""
-        return self.num_stages * self.stage_bytes + self.fixed_bytes
+        more_bytes = self.num_consumers * (self.num_buffers - 1) * self.unit_bytes
+        return self.num_stages * self.stage_bytes + self.fixed_bytes + more_bytes
 
     def validate(self) -> "Config":
         """Returns itself.
@@ -531,7 +555,8 @@ class _Smem(NamedTuple):
     sSFW: Any
     # (tile_n, TILE_K, stage) of BF16 in the 128-byte swizzle
     sX: Any
-    # (words of a token, unit_tokens, warpgroup) of Float32
+    # (unit_tokens, 64, buffer, warpgroup) of BF16 in the 128-byte swizzle; SwiGLU: (words of a token, unit_tokens, warpgroup)
+    # of Float32
     sOut: Any
     # (4 sums, consumer thread, blocks of a warpgroup, store_n / 8, CTA that left them) of Float32, in place of stages
     sSums: Any
@@ -604,6 +629,9 @@ class _Exchange(NamedTuple):
 class _Out(NamedTuple):
     """Where results go and what they are multiplied with; None where the epilogue has no use for it."""
 
+    # BF16: how a unit is copied to D, and D for it: of a single group its rows and columns alone.
+    tma_d: Any
+    mD: Any
     # Address of D, its row stride, and what an expert's rows and columns begin at: see grouped_gemm.
     pointer: Any
     row_stride: Any
@@ -648,7 +676,7 @@ class GroupedGemmSm90:
         max_active_clusters: cutlass.Int32,
         stream: Any,
     ) -> None:
-        """Makes the tensor map of X, on the host, and launches min(tiles, max_active_clusters) clusters, or all (cluster_k).
+        """Makes tensor maps, on the host, and launches min(tiles, max_active_clusters) clusters, or all (cluster_k).
 
         Args:
             mX: (P, k) bf16.
@@ -689,9 +717,21 @@ class GroupedGemmSm90:
         clusters = cutlass.min(num_tiles, max_active_clusters)
         if cutlass.const_expr(config.cluster_k > 1):
             clusters = num_tiles
+        tma_d = boxes = None
+        if cutlass.const_expr(config.epilogue == BF16):
+            boxes = mD
+            if cutlass.const_expr(config.one_group):
+                # What a box has beyond these is not written.
+                boxes = cute.make_tensor(mD.iterator, cute.make_layout((num_rows, n), stride=mD.stride))
+            tma_d, boxes = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(),
+                boxes,
+                cute.select(self._out_smem_layout(), mode=[0, 1]),
+                (config.unit_tokens, BLOCK_ROWS),
+            )
         out = _Out(
-            mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit, mCount,
-            mPaddedOffset, n,
+            tma_d, boxes, mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit,
+            mCount, mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
         self.kernel(tma_x, mX, weights, out, self._exchange(mSums, mFlag), constant_rows).launch(
@@ -720,6 +760,8 @@ class GroupedGemmSm90:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == config.load_warp:
             cpasync.prefetch_descriptor(tma_x)
+            if cutlass.const_expr(config.epilogue == BF16):
+                cpasync.prefetch_descriptor(out.tma_d)
         smem = self._allocate_smem()
         if warp == 0:
             with cute.arch.elect_one():
@@ -863,7 +905,7 @@ class GroupedGemmSm90:
         group, thread = cute.arch.make_warp_uniform(thread // WARPGROUP), thread % WARPGROUP
         # (column pair, row g or g + 8, 8 tokens, blocks)
         sums = cute.make_rmem_tensor((2, 2, config.tile_n // 8, config.blocks_of_warpgroup), cutlass.Float32)
-        stage = (cutlass.Int32(0), cutlass.Int32(0))
+        stage, buffer = (cutlass.Int32(0), cutlass.Int32(0)), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             at = self._find(tiles, tile, out.mCount)
             place = self._place(at, tiles, group, thread, out)
@@ -885,13 +927,17 @@ class GroupedGemmSm90:
                         if cutlass.const_expr(config.flagged):
                             self._wait(exchange.mFlag, tiles.share + 1, last, group, thread)
                         self._add(sums, theirs, tiles.share + 1, last)
-                    self._store(sums, smem, place, group, thread, out)
+                    buffer = self._store(sums, smem, place, group, thread, out, buffer)
             else:
                 if cutlass.const_expr(config.cluster_k > 1):
                     of_cluster = self._add_in_cluster(sums, smem, tiles.rank_k, group * WARPGROUP + thread)
-                    self._store(of_cluster, smem, place, group, thread, out)
+                    buffer = self._store(of_cluster, smem, place, group, thread, out, buffer)
                 else:
-                    self._store(sums, smem, place, group, thread, out)
+                    buffer = self._store(sums, smem, place, group, thread, out, buffer)
+        if cutlass.const_expr(config.epilogue == BF16):
+            # Shared memory must outlive the copies that read it. That they have written D is known when the grid has ended,
+            # and that is what later kernels wait for.
+            self._wait_for_copies(0, thread)
 
     @cute.jit
     def _multiply(
@@ -1071,8 +1117,8 @@ class GroupedGemmSm90:
         config = self.config
         chunks, of_slice = config.tile_n // 8, config.store_n // 8
         quads = cute.make_tensor(sums.iterator, cute.make_layout((4, chunks, config.blocks_of_warpgroup)))
+        num_chunks = cutlass.min(cutlass.max(chunks - rank_k * of_slice, 0), of_slice)
         if thread == 0:
-            num_chunks = cutlass.min(cutlass.max(chunks - rank_k * of_slice, 0), of_slice)
             cute.arch.mbarrier_arrive_and_expect_tx(
                 smem.left, num_chunks * (config.cluster_k * 8 * config.tile_w * cutlass.Float32.width // 8)
             )
@@ -1093,12 +1139,14 @@ class GroupedGemmSm90:
         rSums = cute.make_rmem_tensor((4, of_slice, config.blocks_of_warpgroup), cutlass.Float32)
         rOthers = cute.make_rmem_tensor(4, cutlass.Float32)
         rSums.fill(0.0)
-        for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-            for chunk in cutlass.range_constexpr(of_slice):
-                for peer in cutlass.range_constexpr(config.cluster_k):
-                    cute.autovec_copy(smem.sSums[None, thread, b, chunk, peer], rOthers)
-                    for i in cutlass.range_constexpr(4):
-                        rSums[i, chunk, b] += rOthers[i]
+        # Where nobody leaves sums is nothing to read.
+        if num_chunks > 0:
+            for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+                for chunk in cutlass.range_constexpr(of_slice):
+                    for peer in cutlass.range_constexpr(config.cluster_k):
+                        cute.autovec_copy(smem.sSums[None, thread, b, chunk, peer], rOthers)
+                        for i in cutlass.range_constexpr(4):
+                            rSums[i, chunk, b] += rOthers[i]
         return cute.make_tensor(rSums.iterator, cute.make_layout((2, 2, of_slice, config.blocks_of_warpgroup)))
 
     @cute.jit
@@ -1149,77 +1197,166 @@ class GroupedGemmSm90:
                     rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, step // 2)
 
     @cute.jit
-    def _store(self, sums: cute.Tensor, smem: _Smem, place: _Place, group: Any, thread: Any, out: _Out) -> None:
-        """Warpgroup: its blocks of sums, times alpha, a unit of tokens after the other, to D."""
+    def _store(
+        self, sums: cute.Tensor, smem: _Smem, place: _Place, group: Any, thread: Any, out: _Out, buffer: Any
+    ) -> Any:
+        """Warpgroup: its blocks of sums, times alpha, a unit of tokens after the other, to D.
+
+        Args:
+            sums: (2, 2, store_n / 8, blocks).
+            smem: see _Smem.
+            place: of the tile.
+            group, thread: who this is.
+            out: where to.
+            buffer: of the first unit.
+
+        Returns:
+            What buffer is for the next tile.
+        """
         config = self.config
-        sOut = smem.sOut[None, None, group]
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
             for unit in cutlass.range_constexpr(config.store_n // config.unit_tokens):
                 if unit * config.unit_tokens < place.num_tokens:
-                    # Behind this barrier the last unit has been read.
-                    cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-                    self._put(sums, sOut, b, unit, thread, place, out)
-                    cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-                    self._take(sOut, place, b, unit, thread, out)
+                    if cutlass.const_expr(config.epilogue == BF16):
+                        self._store_sums(sums, smem.sOut[None, None, buffer, group], b, unit, place, group, thread, out)
+                        buffer = cutlass.select_(buffer == config.num_buffers - 1, cutlass.Int32(0), buffer + 1)
+                    else:
+                        sOut = smem.sOut[None, None, group]
+                        # Behind this barrier the last unit has been read.
+                        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+                        self._put(sums, sOut, b, unit, thread, place, out)
+                        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+                        self._take(sOut, place, b, unit, thread, out)
+        return buffer
+
+    @cute.jit
+    def _store_sums(
+        self,
+        sums: cute.Tensor,
+        sOut: cute.Tensor,
+        b: int,
+        unit: int,
+        place: _Place,
+        group: Any,
+        thread: Any,
+        out: _Out,
+    ) -> None:
+        """Warpgroup: a unit of sums by way of its buffer, (unit_tokens, 64), to D: a box by a copy, a part by threads."""
+        config = self.config
+        if cutlass.const_expr(config.num_buffers == 1):
+            self._wait_for_copies(0, thread)
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        self._put_sums(sums, sOut, b, unit, thread, place)
+        cute.arch.fence_view_async_shared()
+        if cutlass.const_expr(config.num_buffers > 1):
+            # Behind the barrier the next unit's buffer is free: it has been read by the copy of so many units before, and by
+            # threads before they came to the last unit's barrier.
+            self._wait_for_copies(config.num_buffers - 2, thread)
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        token, column = unit * config.unit_tokens, (place.block + b) * BLOCK_ROWS
+        if cutlass.const_expr(config.one_group):
+            self._copy_box(sOut, place, token, column, thread, out)
+        else:
+            # Behind a tile's last token, and behind an expert's last column, D may have others' results.
+            is_box = (token + config.unit_tokens <= place.num_tokens) & (column + BLOCK_ROWS <= out.n)
+            if is_box:
+                self._copy_box(sOut, place, token, column, thread, out)
+            else:
+                self._take_sums(sOut, place, token, column, thread, out)
+        # With no copy too, so that units can be counted.
+        if thread < WARP:
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def _put_sums(self, sums: cute.Tensor, sOut: cute.Tensor, b: int, unit: int, thread: Any, place: _Place) -> None:
+        """Writes a warp's 16 columns of a unit to shared memory: a matrix is rows g, or g + 8, of 8 tokens, transposed."""
+        chunks = self.config.unit_tokens // 8
+        at_once = min(chunks, 2)
+        # The thread's row of its matrix: 8 columns of a token, which the swizzle moves, so that 8 rows are in all banks.
+        lane = thread % WARP
+        token, part = lane // 16 % at_once * 8 + lane % 8, thread // WARP * 2 + lane // 8 % 2
+        address = sOut.iterator.toint() + token * TOKEN_BYTES + (part ^ lane % 8) * (BF16_UNIT * 2)
+        for first in cutlass.range_constexpr(0, chunks, at_once):
+            rSums = cute.make_rmem_tensor((2, 2, at_once), cutlass.Float32)
+            for chunk in cutlass.range_constexpr(at_once):
+                for h in cutlass.range_constexpr(2):
+                    for i in cutlass.range_constexpr(2):
+                        rSums[i, h, chunk] = sums[i, h, unit * chunks + first + chunk, b] * place.alphas[b][h]
+            rD = cute.make_rmem_tensor(rSums.shape, cutlass.BFloat16)
+            rD.store(rSums.load().to(cutlass.BFloat16))
+            pairs = cute.recast_tensor(rD, cutlass.Int32)
+            hopper.store_transposed(address + first * (8 * TOKEN_BYTES), [pairs[i] for i in range(2 * at_once)])
+
+    @cute.jit
+    def _copy_box(self, sOut: cute.Tensor, place: _Place, token: Any, column: Any, thread: Any, out: _Out) -> None:
+        """First warp: begins to copy a unit, to D from a token and a column of the tile on."""
+        box = (self.config.unit_tokens, BLOCK_ROWS)
+        corner = (cutlass.Int32(place.row + token), cutlass.Int32(place.expert * out.group_columns + column))
+        if thread < WARP:
+            gD = cute.local_tile(cute.domain_offset(corner, out.mD), box, (0, 0))
+            tDsD, tDgD = cpasync.tma_partition(
+                out.tma_d, 0, cute.make_layout(1), cute.group_modes(sOut, 0, 2), cute.group_modes(gD, 0, 2)
+            )
+            cute.copy(out.tma_d, tDsD, tDgD)
+
+    @cute.jit
+    def _wait_for_copies(self, but: int, thread: Any) -> None:
+        """First warp: waits until its copies of all units but the last have been read out of shared memory."""
+        if thread < WARP:
+            cute.arch.cp_async_bulk_wait_group(but, read=True)
+
+    @cute.jit
+    def _take_sums(self, sOut: cute.Tensor, place: _Place, first: Any, column: Any, thread: Any, out: _Out) -> None:
+        """Stores what there is of a unit from a token and a column of the tile on."""
+        parts = BLOCK_ROWS // BF16_UNIT
+        for start in cutlass.range_constexpr(0, self.config.unit_tokens * parts, WARPGROUP):
+            token, part = (start + thread) // parts, (start + thread) % parts
+            is_there = (first + token < place.num_tokens) & (column + part * BF16_UNIT < out.n)
+            if (token < self.config.unit_tokens) & is_there:
+                rD = cute.make_rmem_tensor(BF16_UNIT, cutlass.BFloat16)
+                cute.autovec_copy(cute.coalesce(cute.local_tile(sOut, (1, BF16_UNIT), (token, part))), rD)
+                self._write(rD, place, first + token, column + part * BF16_UNIT, out)
+
+    @cute.jit
+    def _write(self, rD: cute.Tensor, place: _Place, token: Any, column: Any, out: _Out) -> None:
+        """Stores neighbouring columns of a token of the tile."""
+        offset = (place.row + token) * out.row_stride + place.expert * out.group_columns + column
+        gD = cute.make_tensor(out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(cute.size(rD)))
+        cute.autovec_copy(rD, gD)
 
     @cute.jit
     def _put(
         self, sums: cute.Tensor, sOut: cute.Tensor, b: int, unit: int, thread: Any, place: _Place, out: _Out
     ) -> None:
-        """Writes a thread's sums of a unit, or the h they make, to shared memory, token by token."""
+        """Writes the h that a thread's sums of a unit make to shared memory, token by token."""
         config = self.config
-        g, t = thread % WARP // 4, thread % 4
-        if cutlass.const_expr(config.epilogue == BF16):
-            # (64 columns and padding, token) in BF16
-            pointer = cute.recast_ptr(sOut.iterator, dtype=cutlass.BFloat16)
-            sOut = cute.make_tensor(pointer, cute.make_layout((2 * TOKEN_WORDS, config.unit_tokens)))
-        column = thread // WARP * (8 if config.epilogue != BF16 else 16) + g
+        column, t = thread // WARP * 8 + thread % WARP // 4, thread % 4
         for j in cutlass.range_constexpr(config.unit_tokens // 8):
             chunk = unit * (config.unit_tokens // 8) + j
             for i in cutlass.range_constexpr(2):
-                token = 8 * j + 2 * t + i
                 low = sums[i, 0, chunk, b] * place.alphas[b][0]
                 high = sums[i, 1, chunk, b] * place.alphas[b][1]
-                if cutlass.const_expr(config.epilogue == BF16):
-                    sOut[column, token] = low.to(cutlass.BFloat16)
-                    sOut[column + 8, token] = high.to(cutlass.BFloat16)
-                else:
-                    sOut[column, token] = blackwell.swiglu(low, high, out.limit)
+                sOut[column, 8 * j + 2 * t + i] = blackwell.swiglu(low, high, out.limit)
 
     @cute.jit
     def _take(self, sOut: cute.Tensor, place: _Place, b: int, unit: int, thread: Any, out: _Out) -> None:
-        """Stores a unit: neighbouring threads have neighbouring columns of D."""
+        """Stores a unit of h: neighbouring threads have neighbouring columns of D."""
         config = self.config
-        columns_of_unit = BF16_UNIT if config.epilogue == BF16 else H_UNIT
-        of_block = BLOCK_ROWS if config.epilogue == BF16 else H_OF_BLOCK
-        units_of_token = of_block // columns_of_unit
-        num_columns = out.n if config.epilogue == BF16 else out.n // 2
-        words = TOKEN_WORDS
-        for start in cutlass.range_constexpr(0, config.unit_tokens * units_of_token, WARPGROUP):
-            token, part = (start + thread) // units_of_token, (start + thread) % units_of_token
+        parts = H_OF_BLOCK // H_UNIT
+        for start in cutlass.range_constexpr(0, config.unit_tokens * parts, WARPGROUP):
+            token, part = (start + thread) // parts, (start + thread) % parts
             tile_token = unit * config.unit_tokens + token
-            column = (place.block + b) * of_block + part * columns_of_unit
-            if (token < config.unit_tokens) & (tile_token < place.num_tokens) & (column < num_columns):
-                rD = cute.make_rmem_tensor(columns_of_unit, cutlass.BFloat16)
-                if cutlass.const_expr(config.epilogue == BF16):
-                    pointer = cute.recast_ptr(sOut.iterator, dtype=cutlass.BFloat16)
-                    layout = cute.make_layout(
-                        (BF16_UNIT, BLOCK_ROWS // BF16_UNIT, config.unit_tokens), stride=(1, BF16_UNIT, 2 * words)
-                    )
-                    cute.autovec_copy(cute.make_tensor(pointer, layout)[None, part, token], rD)
+            column = (place.block + b) * H_OF_BLOCK + part * H_UNIT
+            if (token < config.unit_tokens) & (tile_token < place.num_tokens) & (column < out.n // 2):
+                layout = cute.make_layout((H_UNIT, parts, config.unit_tokens), stride=(1, H_UNIT, TOKEN_WORDS))
+                rH = cute.make_rmem_tensor(H_UNIT, cutlass.Float32)
+                cute.autovec_copy(cute.make_tensor(sOut.iterator, layout)[None, part, token], rH)
+                rD = cute.make_rmem_tensor(H_UNIT, cutlass.BFloat16)
+                if cutlass.const_expr(config.epilogue == SWIGLU):
+                    rD.store(rH.load().to(cutlass.BFloat16))
                 else:
-                    layout = cute.make_layout(
-                        (H_UNIT, H_OF_BLOCK // H_UNIT, config.unit_tokens), stride=(1, H_UNIT, words)
-                    )
-                    rH = cute.make_rmem_tensor(H_UNIT, cutlass.Float32)
-                    cute.autovec_copy(cute.make_tensor(sOut.iterator, layout)[None, part, token], rH)
-                    if cutlass.const_expr(config.epilogue == SWIGLU):
-                        rD.store(rH.load().to(cutlass.BFloat16))
-                    else:
-                        rD.store(self._round(rH, out.mHScale[place.expert]).load())
-                offset = (place.row + tile_token) * out.row_stride + place.expert * out.group_columns + column
-                gD = cute.make_tensor(out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(columns_of_unit))
-                cute.autovec_copy(rD, gD)
+                    rD.store(self._round(rH, out.mHScale[place.expert]).load())
+                self._write(rD, place, tile_token, column, out)
 
     @cute.jit
     def _round(self, rH: cute.Tensor, h_scale: cutlass.Float32) -> cute.Tensor:
@@ -1369,6 +1506,13 @@ class GroupedGemmSm90:
             stride=((row, octet), column_stride, tokens * row, stage),
         )
 
+    def _out_smem_layout(self) -> Any:
+        """Returns (unit_tokens, 64, buffer, warpgroup) of BF16 in the 128-byte swizzle."""
+        config = self.config
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, cutlass.BFloat16)
+        shape = (config.unit_tokens, BLOCK_ROWS, config.num_buffers, config.num_consumers)
+        return cute.tile_to_shape(atom, shape, order=(0, 1, 2, 3))
+
     def _allocate_smem(self) -> _Smem:
         config = self.config
         smem = memory.SmemAllocator()
@@ -1380,13 +1524,19 @@ class GroupedGemmSm90:
         # Sums take the place of the larger part of the stages.
         stages = sX if 2 * config.tile_n * TILE_K > config.blocks * BLOCK_BYTES else sW
         shape = (4, config.consumer_threads, config.blocks_of_warpgroup, config.store_n // 8, config.cluster_k)
+        sSFW = smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128)
+        if config.epilogue == BF16:
+            # All before is whole periods of the swizzle.
+            out_layout = self._out_smem_layout()
+            sOut = smem.allocate_tensor(cutlass.BFloat16, out_layout.outer, SWIZZLE_BYTES, out_layout.inner)
+        else:
+            out_layout = cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers))
+            sOut = smem.allocate_tensor(cutlass.Float32, out_layout, 128)
         return _Smem(
             sW=sW,
-            sSFW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128),
+            sSFW=sSFW,
             sX=sX,
-            sOut=smem.allocate_tensor(
-                cutlass.Float32, cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers)), 128
-            ),
+            sOut=sOut,
             sSums=cute.make_tensor(cute.recast_ptr(stages.iterator, dtype=cutlass.Float32), cute.make_layout(shape)),
             sTile=None
             if config.one_group
