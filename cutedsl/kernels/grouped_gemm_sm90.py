@@ -59,12 +59,13 @@ receiver waits at: no fence, which would wait for all loads under way.
 One group. A linear's tokens are all rows of X, which the host knows (`one_group`): no CTA counts tiles of experts or looks up
 where their rows begin, which are two loads, one after the other, before the first of X.
 
-Results in BF16 leave by copies (TMA) of 16 tokens by 64 columns, so that the next tile begins while they are under way.
-What is left of storing is time in which tensor cores idle: `stmatrix` turns two tokens' sums into neighbouring columns, and
-a unit has one barrier. It says that the unit is written, and that the next one's buffer is free, for which the warp that
-copies has waited before: with as many buffers as fit beside the stages that is a copy of long ago. A box is written as a
-whole. Of a single group the tensor map ends where the group does; otherwise D may have another's results behind a tile's last
-token, or behind an expert's last column, and a unit with these is stored by threads.
+Results. While results are stored, tensor cores idle. So in BF16, `stmatrix` turns the sums of two tokens into neighbouring
+columns in shared memory, and a unit of tokens has one barrier there, which says that the unit is written and that the next
+one's buffer is free. Where a CTA goes on to further tiles (`copies`), units leave by copies (TMA) of 16 tokens by 64 columns:
+the warp that begins them waits, before it comes to the barrier, for the copy that has read the next buffer, and with as many
+buffers as fit beside the stages that is an old one. A copy writes all of its box. Of a single group the tensor map ends where
+the group does; otherwise D may have others' results behind a tile's last token, or behind an expert's last column, and a
+unit with these is stored by threads.
 
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
@@ -134,7 +135,7 @@ TILES_W = (128, 256)
 CONSUMER_REGISTERS = {2: 232, 4: 112}
 LOAD_REGISTERS = {2: 40, 4: 32}
 
-# Tokens whose results pass through shared memory at a time. Those in BF16 have more buffers than one, at most so many.
+# Tokens whose results pass through shared memory at a time. In BF16 there are more buffers than one, at most so many.
 UNIT_TOKENS = {BF16: 16, SWIGLU: 32, SWIGLU_NVFP4: 32}
 MAX_BUFFERS = 8
 # What a token takes there: the 64 columns of a block in BF16, one period of the swizzle; or its 32 h in FP32, and 4 words so
@@ -250,6 +251,11 @@ class Config:
         units = self.blocks_of_warpgroup * self.store_n // self.unit_tokens
         more_bytes = ARCHS[self.arch].smem_bytes - self.num_stages * self.stage_bytes - self.fixed_bytes
         return min(units, MAX_BUFFERS, 1 + max(more_bytes, 0) // (self.num_consumers * self.unit_bytes))
+
+    @property
+    def copies(self) -> bool:
+        """Results leave by copies: other than stores they are begun at once, but take longer if nothing follows."""
+        return self.epilogue == BF16 and self.cluster_k == 1 and self.num_buffers > 1
 
     @property
     def sums_of_thread(self) -> int:
@@ -629,7 +635,7 @@ class _Exchange(NamedTuple):
 class _Out(NamedTuple):
     """Where results go and what they are multiplied with; None where the epilogue has no use for it."""
 
-    # BF16: how a unit is copied to D, and D for it: of a single group its rows and columns alone.
+    # With copies: how a unit is copied to D, and D for that: of a single group its rows and columns alone.
     tma_d: Any
     mD: Any
     # Address of D, its row stride, and what an expert's rows and columns begin at: see grouped_gemm.
@@ -718,7 +724,7 @@ class GroupedGemmSm90:
         if cutlass.const_expr(config.cluster_k > 1):
             clusters = num_tiles
         tma_d = boxes = None
-        if cutlass.const_expr(config.epilogue == BF16):
+        if cutlass.const_expr(config.copies):
             boxes = mD
             if cutlass.const_expr(config.one_group):
                 # What a box has beyond these is not written.
@@ -760,7 +766,7 @@ class GroupedGemmSm90:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == config.load_warp:
             cpasync.prefetch_descriptor(tma_x)
-            if cutlass.const_expr(config.epilogue == BF16):
+            if cutlass.const_expr(config.copies):
                 cpasync.prefetch_descriptor(out.tma_d)
         smem = self._allocate_smem()
         if warp == 0:
@@ -934,10 +940,10 @@ class GroupedGemmSm90:
                     buffer = self._store(of_cluster, smem, place, group, thread, out, buffer)
                 else:
                     buffer = self._store(sums, smem, place, group, thread, out, buffer)
-        if cutlass.const_expr(config.epilogue == BF16):
-            # Shared memory must outlive the copies that read it. That they have written D is known when the grid has ended,
-            # and that is what later kernels wait for.
-            self._wait_for_copies(0, thread)
+        if cutlass.const_expr(config.copies):
+            # Shared memory must outlive the copies that read it. Nobody waits until they have written D: the grid ends no
+            # earlier, and later kernels wait for that, and for all that it wrote to be seen; see `hopper`.
+            self._wait_for_copies(0, self._copies_units(thread))
 
     @cute.jit
     def _multiply(
@@ -1117,8 +1123,8 @@ class GroupedGemmSm90:
         config = self.config
         chunks, of_slice = config.tile_n // 8, config.store_n // 8
         quads = cute.make_tensor(sums.iterator, cute.make_layout((4, chunks, config.blocks_of_warpgroup)))
-        num_chunks = cutlass.min(cutlass.max(chunks - rank_k * of_slice, 0), of_slice)
         if thread == 0:
+            num_chunks = cutlass.min(cutlass.max(chunks - rank_k * of_slice, 0), of_slice)
             cute.arch.mbarrier_arrive_and_expect_tx(
                 smem.left, num_chunks * (config.cluster_k * 8 * config.tile_w * cutlass.Float32.width // 8)
             )
@@ -1139,14 +1145,12 @@ class GroupedGemmSm90:
         rSums = cute.make_rmem_tensor((4, of_slice, config.blocks_of_warpgroup), cutlass.Float32)
         rOthers = cute.make_rmem_tensor(4, cutlass.Float32)
         rSums.fill(0.0)
-        # Where nobody leaves sums is nothing to read.
-        if num_chunks > 0:
-            for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
-                for chunk in cutlass.range_constexpr(of_slice):
-                    for peer in cutlass.range_constexpr(config.cluster_k):
-                        cute.autovec_copy(smem.sSums[None, thread, b, chunk, peer], rOthers)
-                        for i in cutlass.range_constexpr(4):
-                            rSums[i, chunk, b] += rOthers[i]
+        for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
+            for chunk in cutlass.range_constexpr(of_slice):
+                for peer in cutlass.range_constexpr(config.cluster_k):
+                    cute.autovec_copy(smem.sSums[None, thread, b, chunk, peer], rOthers)
+                    for i in cutlass.range_constexpr(4):
+                        rSums[i, chunk, b] += rOthers[i]
         return cute.make_tensor(rSums.iterator, cute.make_layout((2, 2, of_slice, config.blocks_of_warpgroup)))
 
     @cute.jit
@@ -1214,11 +1218,13 @@ class GroupedGemmSm90:
             What buffer is for the next tile.
         """
         config = self.config
+        copies_units = self._copies_units(thread) if config.copies else None
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
             for unit in cutlass.range_constexpr(config.store_n // config.unit_tokens):
                 if unit * config.unit_tokens < place.num_tokens:
                     if cutlass.const_expr(config.epilogue == BF16):
-                        self._store_sums(sums, smem.sOut[None, None, buffer, group], b, unit, place, group, thread, out)
+                        sOut = smem.sOut[None, None, buffer, group]
+                        self._store_sums(sums, sOut, b, unit, place, group, thread, copies_units, out)
                         buffer = cutlass.select_(buffer == config.num_buffers - 1, cutlass.Int32(0), buffer + 1)
                     else:
                         sOut = smem.sOut[None, None, group]
@@ -1239,33 +1245,35 @@ class GroupedGemmSm90:
         place: _Place,
         group: Any,
         thread: Any,
+        copies_units: Any,
         out: _Out,
     ) -> None:
         """Warpgroup: a unit of sums by way of its buffer, (unit_tokens, 64), to D: a box by a copy, a part by threads."""
         config = self.config
         if cutlass.const_expr(config.num_buffers == 1):
-            self._wait_for_copies(0, thread)
+            # Behind this barrier the last unit has been read.
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
         self._put_sums(sums, sOut, b, unit, thread, place)
-        cute.arch.fence_view_async_shared()
-        if cutlass.const_expr(config.num_buffers > 1):
-            # Behind the barrier the next unit's buffer is free: it has been read by the copy of so many units before, and by
-            # threads before they came to the last unit's barrier.
-            self._wait_for_copies(config.num_buffers - 2, thread)
+        if cutlass.const_expr(config.copies):
+            cute.arch.fence_view_async_shared()
+            # Then all copies but those of the last num_buffers - 2 units have read theirs: the next unit's buffer is free
+            # behind the barrier. Threads had read it before they came to the last unit's.
+            self._wait_for_copies(config.num_buffers - 2, copies_units)
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
         token, column = unit * config.unit_tokens, (place.block + b) * BLOCK_ROWS
-        if cutlass.const_expr(config.one_group):
-            self._copy_box(sOut, place, token, column, thread, out)
-        else:
+        if cutlass.const_expr(config.copies and config.one_group):
+            self._copy_box(sOut, place, token, column, copies_units, out)
+        elif cutlass.const_expr(config.copies):
             # Behind a tile's last token, and behind an expert's last column, D may have others' results.
             is_box = (token + config.unit_tokens <= place.num_tokens) & (column + BLOCK_ROWS <= out.n)
             if is_box:
-                self._copy_box(sOut, place, token, column, thread, out)
+                self._copy_box(sOut, place, token, column, copies_units, out)
             else:
                 self._take_sums(sOut, place, token, column, thread, out)
-        # With no copy too, so that units can be counted.
-        if thread < WARP:
-            cute.arch.cp_async_bulk_commit_group()
+        else:
+            self._take_sums(sOut, place, token, column, thread, out)
+        if cutlass.const_expr(config.copies):
+            self._commit_copy(copies_units)
 
     @cute.jit
     def _put_sums(self, sums: cute.Tensor, sOut: cute.Tensor, b: int, unit: int, thread: Any, place: _Place) -> None:
@@ -1288,11 +1296,13 @@ class GroupedGemmSm90:
             hopper.store_transposed(address + first * (8 * TOKEN_BYTES), [pairs[i] for i in range(2 * at_once)])
 
     @cute.jit
-    def _copy_box(self, sOut: cute.Tensor, place: _Place, token: Any, column: Any, thread: Any, out: _Out) -> None:
-        """First warp: begins to copy a unit, to D from a token and a column of the tile on."""
+    def _copy_box(
+        self, sOut: cute.Tensor, place: _Place, token: Any, column: Any, copies_units: Any, out: _Out
+    ) -> None:
+        """The warp that copies: begins to copy a unit, to D from a token of the tile and a column on."""
         box = (self.config.unit_tokens, BLOCK_ROWS)
         corner = (cutlass.Int32(place.row + token), cutlass.Int32(place.expert * out.group_columns + column))
-        if thread < WARP:
+        if copies_units:
             gD = cute.local_tile(cute.domain_offset(corner, out.mD), box, (0, 0))
             tDsD, tDgD = cpasync.tma_partition(
                 out.tma_d, 0, cute.make_layout(1), cute.group_modes(sOut, 0, 2), cute.group_modes(gD, 0, 2)
@@ -1300,14 +1310,25 @@ class GroupedGemmSm90:
             cute.copy(out.tma_d, tDsD, tDgD)
 
     @cute.jit
-    def _wait_for_copies(self, but: int, thread: Any) -> None:
-        """First warp: waits until its copies of all units but the last have been read out of shared memory."""
-        if thread < WARP:
-            cute.arch.cp_async_bulk_wait_group(but, read=True)
+    def _commit_copy(self, copies_units: Any) -> None:
+        """The warp that copies: a unit is done; one without a copy too, as units are counted."""
+        if copies_units:
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def _wait_for_copies(self, num_last: int, copies_units: Any) -> None:
+        """The warp that copies: waits until shared memory has been read by all copies but those of so many last units."""
+        if copies_units:
+            cute.arch.cp_async_bulk_wait_group(num_last, read=True)
+
+    @cute.jit
+    def _copies_units(self, thread: Any) -> Any:
+        """Returns whether this is the warp of its warpgroup that copies: the first."""
+        return cute.arch.make_warp_uniform(thread // WARP) == 0
 
     @cute.jit
     def _take_sums(self, sOut: cute.Tensor, place: _Place, first: Any, column: Any, thread: Any, out: _Out) -> None:
-        """Stores what there is of a unit from a token and a column of the tile on."""
+        """Stores what there is of a unit, to D from a token of the tile and a column on."""
         parts = BLOCK_ROWS // BF16_UNIT
         for start in cutlass.range_constexpr(0, self.config.unit_tokens * parts, WARPGROUP):
             token, part = (start + thread) // parts, (start + thread) % parts

@@ -433,7 +433,7 @@ def test_shared_tiles_give_the_same_bits_each_time() -> None:
 # ---- where rows and columns go --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [BF16_CONFIGS[0], BF16_CONFIGS[4], EVEN_CONFIGS[0]], ids=name)
+@pytest.mark.parametrize("config", [*(BF16_CONFIGS[i] for i in (0, 3, 4)), EVEN_CONFIGS[0]], ids=name)
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_groups_of_columns(config: Config, tokens: int) -> None:
     # As wo_a: all tokens in every group, and group g's result is columns g * n of the tokens' rows, in a wider matrix.
@@ -862,6 +862,7 @@ def test_impossible_configs_are_refused(changes: dict[str, Any], message: str) -
 )
 def test_buffers_take_what_stages_leave(config: Config, num_buffers: int) -> None:
     assert config.num_buffers == num_buffers
+    assert config.copies == (num_buffers > 1)
     assert config.validate().smem_bytes <= gemm.ARCHS[config.arch].smem_bytes
 
 

@@ -35,6 +35,8 @@ quantized = kernel("swiglu_nvfp4", ((9, 0, 3), 160, 272, 1), "swiglu_nvfp4", 128
 even = kernel("bf16, even", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 8, even=True)
 one_group = kernel("bf16, one group", ((9,), 136, 544, 1), "bf16", 128, 8)
 flagged = kernel("bf16, even with flags", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 64, even=True)
+# Few steps of K: stages do not keep the warps together.
+short = kernel("bf16, one step of K", ((9, 0, 3), 136, 96, 1), "bf16", 128, 8)
 small_units = kernel("bf16, units of 8 tokens", ((45, 0, 3), 72, 288, 1), "bf16", 128, 48, cluster_k=2)
 # CTAs run one by one, those of the last group first: nobody mends what the others do to its columns.
 larger = Kernel(
@@ -43,7 +45,7 @@ larger = Kernel(
     gemm_test,
     "gemm",
     lambda module, policy, seed: gemm_test.test_groups_of_columns(
-        module.Config("bf16", 128, 8, num_stages=2, even=True), 20
+        module.Config("bf16", 128, 32, num_stages=2, even=True), 20
     ),
 )
 part = Kernel(
@@ -115,19 +117,6 @@ PLAIN = [
         "(column + part * BF16_UNIT < out.n)",
         "(column + part * BF16_UNIT < out.n - 8)",
     ),
-    source(
-        "the only buffer is written while it is copied",
-        COPIED,
-        "        if cutlass.const_expr(config.num_buffers == 1):\n            self._wait_for_copies(0, thread)\n",
-        "        if cutlass.const_expr(config.num_buffers == 1):\n",
-    ),
-    source(
-        "the only buffer is written while it is read",
-        RACE,
-        "            self._wait_for_copies(0, thread)\n"
-        "            cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)\n",
-        "            self._wait_for_copies(0, thread)\n",
-    ),
     source("sums of the tile before kept", WRONG, "            sums.fill(0.0)\n", ""),
     source(
         "tokens are counted before the wait",
@@ -138,32 +127,33 @@ PLAIN = [
     source("tokens of another tile", WRONG, "% num_token_tiles * tile_tokens", "% 1 * tile_tokens"),
 ]
 COPIES = [
-    source("copied before it can be seen", "missing-proxy-fence", "        cute.arch.fence_view_async_shared()\n", ""),
+    source(
+        "copied before it can be seen", "missing-proxy-fence", "            cute.arch.fence_view_async_shared()\n", ""
+    ),
     source(
         "copied before all have written",
         f"{RACE} | missing-proxy-fence",
-        "            self._wait_for_copies(config.num_buffers - 2, thread)\n"
+        "            self._wait_for_copies(config.num_buffers - 2, copies_units)\n"
         "        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)\n",
-        "            self._wait_for_copies(config.num_buffers - 2, thread)\n",
+        "            self._wait_for_copies(config.num_buffers - 2, copies_units)\n",
     ),
     source(
         "buffer is written while it is copied",
         COPIED,
-        "self._wait_for_copies(config.num_buffers - 2, thread)",
+        "self._wait_for_copies(config.num_buffers - 2, copies_units)",
         "pass",
     ),
     source(
         "a copy too many under way",
         COPIED,
-        "self._wait_for_copies(config.num_buffers - 2, thread)",
-        "self._wait_for_copies(config.num_buffers - 1, thread)",
+        "self._wait_for_copies(config.num_buffers - 2, copies_units)",
+        "self._wait_for_copies(config.num_buffers - 1, copies_units)",
     ),
     source(
         "units with copies alone are counted",
         COPIED,
-        "        if thread < WARP:\n            cute.arch.cp_async_bulk_commit_group",
-        "        if (thread < WARP) & (token + config.unit_tokens <= place.num_tokens):\n"
-        "            cute.arch.cp_async_bulk_commit_group",
+        "self._commit_copy(copies_units)",
+        "self._commit_copy(copies_units & (token + config.unit_tokens <= place.num_tokens))",
     ),
     source("swizzle left out", WRONG, "(part ^ lane % 8)", "part"),
     source(
@@ -186,6 +176,14 @@ LARGER = [
     source("box reaches another's columns", WRONG, "(column + BLOCK_ROWS <= out.n)", "(column < out.n)"),
     source("columns of the first expert", WRONG, "place.expert * out.group_columns + column))", "column))"),
 ]
+SHORT = [
+    source(
+        "the only buffer is written while it is read",
+        RACE,
+        "        if cutlass.const_expr(config.num_buffers == 1):\n",
+        "        if cutlass.const_expr(False):\n",
+    ),
+]
 SMALL_UNITS = [
     source(
         "more tokens stored than a unit has",
@@ -198,7 +196,7 @@ PART = [
     source(
         "ends while shared memory is copied",
         "shared-in-use-at-exit",
-        "            self._wait_for_copies(0, thread)\n\n    @cute.jit\n    def _multiply",
+        "            self._wait_for_copies(0, self._copies_units(thread))\n\n    @cute.jit\n    def _multiply",
         "            pass\n\n    @cute.jit\n    def _multiply",
     ),
     source("map of all rows of D", WRONG, "cute.make_layout((num_rows, n), stride=mD.stride)", "mD.layout"),
@@ -289,8 +287,8 @@ SHARED = [
     source(
         "sums of the last CTA not added",
         WRONG,
-        "for peer in cutlass.range_constexpr(config.cluster_k):\n                        cute.autovec_copy",
-        "for peer in cutlass.range_constexpr(config.cluster_k - 1):\n                        cute.autovec_copy",
+        "for peer in cutlass.range_constexpr(config.cluster_k):\n                    cute.autovec_copy",
+        "for peer in cutlass.range_constexpr(config.cluster_k - 1):\n                    cute.autovec_copy",
     ),
     source(
         "both left at the same place",
@@ -353,6 +351,7 @@ MUTANTS = [
     (pair, PAIR),
     (widths, WIDTHS),
     (widths, COPIES),
+    (short, SHORT),
     (small_units, SMALL_UNITS),
     (larger, LARGER),
     (part, PART),
