@@ -138,6 +138,8 @@ LOAD_REGISTERS = {2: 40, 4: 32}
 # Tokens whose results pass through shared memory at a time. In BF16 there are more buffers than one, at most so many.
 UNIT_TOKENS = {BF16: 16, SWIGLU: 32, SWIGLU_NVFP4: 32}
 MAX_BUFFERS = 8
+# With fewer, a copy would have to be waited for before the next is begun.
+MIN_COPY_BUFFERS = 3
 # What a token takes there: the 64 columns of a block in BF16, one period of the swizzle; or its 32 h in FP32, and 4 words so
 # that tokens start in different banks.
 TOKEN_BYTES, TOKEN_WORDS = 128, 32 + 4
@@ -255,7 +257,7 @@ class Config:
     @property
     def copies(self) -> bool:
         """Results leave by copies: other than stores they are begun at once, but take longer if nothing follows."""
-        return self.epilogue == BF16 and self.cluster_k == 1 and self.num_buffers > 1
+        return self.epilogue == BF16 and self.cluster_k == 1 and self.num_buffers >= MIN_COPY_BUFFERS
 
     @property
     def sums_of_thread(self) -> int:
@@ -1251,7 +1253,7 @@ class GroupedGemmSm90:
         """Warpgroup: a unit of sums by way of its buffer, (unit_tokens, 64), to D: a box by a copy, a part by threads."""
         config = self.config
         if cutlass.const_expr(config.num_buffers == 1):
-            # Behind this barrier the last unit has been read.
+            # Behind this barrier the last unit has been read. With two buffers, the barrier of the unit between says so.
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
         self._put_sums(sums, sOut, b, unit, thread, place)
         if cutlass.const_expr(config.copies):

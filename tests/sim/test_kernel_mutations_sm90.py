@@ -45,7 +45,7 @@ larger = Kernel(
     gemm_test,
     "gemm",
     lambda module, policy, seed: gemm_test.test_groups_of_columns(
-        module.Config("bf16", 128, 32, num_stages=2, even=True), 20
+        module.Config("bf16", 128, 64, num_stages=2, even=True), 20
     ),
 )
 part = Kernel(
