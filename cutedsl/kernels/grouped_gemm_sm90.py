@@ -60,12 +60,12 @@ One group. A linear's tokens are all rows of X, which the host knows (`one_group
 where their rows begin, which are two loads, one after the other, before the first of X.
 
 Results. While results are stored, tensor cores idle. So in BF16, `stmatrix` turns the sums of two tokens into neighbouring
-columns in shared memory, and a unit of tokens has one barrier there, which says that the unit is written and that the next
-one's buffer is free. Where a CTA goes on to further tiles (`copies`), units leave by copies (TMA) of 16 tokens by 64 columns:
-the warp that begins them waits, before it comes to the barrier, for the copy that has read the next buffer, and with as many
-buffers as fit beside the stages that is an old one. A copy writes all of its box. Of a single group the tensor map ends where
-the group does; otherwise D may have others' results behind a tile's last token, or behind an expert's last column, and a
-unit with these is stored by threads.
+columns in shared memory, and with two buffers there a unit of tokens has one barrier, which says that the unit is written
+and that the next one's buffer is free. Where a CTA goes on to further tiles (`copies`), units leave by copies (TMA) of 16
+tokens by 64 columns: the warp that begins them waits, before it comes to the barrier, for the copy that has read the next
+buffer, and with as many buffers as fit beside the stages that is an old one. A copy writes all of its box. Of a single group
+the tensor map ends where the group does; otherwise D may have others' results behind a tile's last token, or behind an
+expert's last column, and a unit with these is stored by threads.
 
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
