@@ -61,6 +61,14 @@ where their rows begin, which are two loads, one after the other, before the fir
 walked in bands of BAND_TOKENS, all weights for one band and then for the next, so that the tiles under way at a time are
 about square and what they read stays in L2.
 
+Results. While results are stored, tensor cores idle. So in BF16, `stmatrix` turns the sums of two tokens into neighbouring
+columns in shared memory, and with two buffers there a unit of tokens has one barrier, which says that the unit is written
+and that the next one's buffer is free. Where a CTA goes on to further tiles (`copies`), units leave by copies (TMA) of 16
+tokens by 64 columns: the warp that begins them waits, before it comes to the barrier, for the copy that has read the next
+buffer, and with as many buffers as fit beside the stages that is an old one. A copy writes all of its box. Of a single group
+the tensor map ends where the group does; otherwise D may have others' results behind a tile's last token, or behind an
+expert's last column, and a unit with these is stored by threads.
+
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
 
@@ -133,10 +141,14 @@ TILES_W = (128, 256)
 CONSUMER_REGISTERS = {2: 232, 4: 112}
 LOAD_REGISTERS = {2: 40, 4: 32}
 
-# Tokens whose results pass through shared memory at a time, and what they take there: for each token the 64 columns of a
-# block in BF16, or its 32 h in FP32, and 4 words so that tokens start in different banks.
-UNIT_TOKENS = 32
-TOKEN_WORDS = 32 + 4
+# Tokens whose results pass through shared memory at a time. In BF16 there are more buffers than one, at most so many.
+UNIT_TOKENS = {BF16: 16, SWIGLU: 32, SWIGLU_NVFP4: 32}
+MAX_BUFFERS = 8
+# With fewer, a copy would have to be waited for before the next is begun.
+MIN_COPY_BUFFERS = 3
+# What a token takes there: the 64 columns of a block in BF16, one period of the swizzle; or its 32 h in FP32, and 4 words so
+# that tokens start in different banks.
+TOKEN_BYTES, TOKEN_WORDS = 128, 32 + 4
 # Columns of D that a thread stores: 16 bytes of BF16, or one block of h.
 BF16_UNIT = 8
 H_UNIT = NVFP4.block_size
@@ -232,7 +244,26 @@ class Config:
     @property
     def unit_tokens(self) -> int:
         """Tokens that pass through shared memory at a time."""
-        return math.gcd(self.store_n, UNIT_TOKENS)
+        return math.gcd(self.store_n, self.tile_n, UNIT_TOKENS[self.epilogue])
+
+    @property
+    def unit_bytes(self) -> int:
+        """What they take there."""
+        return self.unit_tokens * (TOKEN_BYTES if self.epilogue == BF16 else 4 * TOKEN_WORDS)
+
+    @property
+    def num_buffers(self) -> int:
+        """Units that a warpgroup has in shared memory: what fits beside the stages, and no more than a tile has."""
+        if self.epilogue != BF16:
+            return 1
+        units = self.blocks_of_warpgroup * self.store_n // self.unit_tokens
+        more_bytes = ARCHS[self.arch].smem_bytes - self.num_stages * self.stage_bytes - self.fixed_bytes
+        return min(units, MAX_BUFFERS, 1 + max(more_bytes, 0) // (self.num_consumers * self.unit_bytes))
+
+    @property
+    def copies(self) -> bool:
+        """Results leave by copies: other than stores they are begun at once, but take longer if nothing follows."""
+        return self.epilogue == BF16 and self.cluster_k == 1 and self.num_buffers >= MIN_COPY_BUFFERS
 
     @property
     def sums_of_thread(self) -> int:
@@ -267,13 +298,14 @@ class Config:
 
     @property
     def fixed_bytes(self) -> int:
-        """Shared memory beside the stages: results on their way out, tiles of experts, barriers."""
-        return 4 * self.num_consumers * self.unit_tokens * TOKEN_WORDS + 4 * (MAX_EXPERTS + 4) + 2048
+        """Shared memory beside the stages, with one buffer: results on their way out, tiles of experts, barriers."""
+        return self.num_consumers * self.unit_bytes + 4 * (MAX_EXPERTS + 4) + 2048
 
     @property
     def smem_bytes(self) -> int:
         """Upper bound of a CTA's shared memory."""
-        return self.num_stages * self.stage_bytes + self.fixed_bytes
+        more_bytes = self.num_consumers * (self.num_buffers - 1) * self.unit_bytes
+        return self.num_stages * self.stage_bytes + self.fixed_bytes + more_bytes
 
     def validate(self) -> "Config":
         """Returns itself.
@@ -552,7 +584,8 @@ class _Smem(NamedTuple):
     sSFW: Any
     # (tile_n, TILE_K, stage) of BF16 in the 128-byte swizzle
     sX: Any
-    # (words of a token, unit_tokens, warpgroup) of Float32
+    # (unit_tokens, 64, buffer, warpgroup) of BF16 in the 128-byte swizzle; SwiGLU: (words of a token, unit_tokens, warpgroup)
+    # of Float32
     sOut: Any
     # (4 sums, consumer thread, blocks of a warpgroup, store_n / 8, CTA that left them) of Float32, in place of stages
     sSums: Any
@@ -625,6 +658,9 @@ class _Exchange(NamedTuple):
 class _Out(NamedTuple):
     """Where results go and what they are multiplied with; None where the epilogue has no use for it."""
 
+    # With copies: how a unit is copied to D, and D for that: of a single group its rows and columns alone.
+    tma_d: Any
+    mD: Any
     # Address of D, its row stride, and what an expert's rows and columns begin at: see grouped_gemm.
     pointer: Any
     row_stride: Any
@@ -669,7 +705,7 @@ class GroupedGemmSm90:
         max_active_clusters: cutlass.Int32,
         stream: Any,
     ) -> None:
-        """Makes the tensor map of X, on the host, and launches min(tiles, max_active_clusters) clusters, or all (cluster_k).
+        """Makes tensor maps, on the host, and launches min(tiles, max_active_clusters) clusters, or all (cluster_k).
 
         Args:
             mX: (P, k) bf16.
@@ -710,9 +746,21 @@ class GroupedGemmSm90:
         clusters = cutlass.min(num_tiles, max_active_clusters)
         if cutlass.const_expr(config.cluster_k > 1):
             clusters = num_tiles
+        tma_d = boxes = None
+        if cutlass.const_expr(config.copies):
+            boxes = mD
+            if cutlass.const_expr(config.one_group):
+                # What a box has beyond these is not written.
+                boxes = cute.make_tensor(mD.iterator, cute.make_layout((num_rows, n), stride=mD.stride))
+            tma_d, boxes = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(),
+                boxes,
+                cute.select(self._out_smem_layout(), mode=[0, 1]),
+                (config.unit_tokens, BLOCK_ROWS),
+            )
         out = _Out(
-            mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit, mCount,
-            mPaddedOffset, n,
+            tma_d, boxes, mD.iterator, cutlass.Int64(mD.stride[0]), group_rows, group_columns, mAlpha, mHScale, limit,
+            mCount, mPaddedOffset, n,
         )  # fmt: skip
         weights = (self._blocks(mW_bytes, BLOCK_BYTES), self._blocks(mSFW_bytes, BLOCK_SF_BYTES))
         self.kernel(tma_x, mX, weights, out, self._exchange(mSums, mFlag), constant_rows).launch(
@@ -741,6 +789,8 @@ class GroupedGemmSm90:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == config.load_warp:
             cpasync.prefetch_descriptor(tma_x)
+            if cutlass.const_expr(config.copies):
+                cpasync.prefetch_descriptor(out.tma_d)
         smem = self._allocate_smem()
         if warp == 0:
             with cute.arch.elect_one():
@@ -884,7 +934,7 @@ class GroupedGemmSm90:
         group, thread = cute.arch.make_warp_uniform(thread // WARPGROUP), thread % WARPGROUP
         # (column pair, row g or g + 8, 8 tokens, blocks)
         sums = cute.make_rmem_tensor((2, 2, config.tile_n // 8, config.blocks_of_warpgroup), cutlass.Float32)
-        stage = (cutlass.Int32(0), cutlass.Int32(0))
+        stage, buffer = (cutlass.Int32(0), cutlass.Int32(0)), cutlass.Int32(0)
         for tile in cutlass.range(tiles.first, tiles.end, tiles.step, unroll=1):
             at = self._find(tiles, tile, out.mCount)
             place = self._place(at, tiles, group, thread, out)
@@ -906,13 +956,17 @@ class GroupedGemmSm90:
                         if cutlass.const_expr(config.flagged):
                             self._wait(exchange.mFlag, tiles.share + 1, last, group, thread)
                         self._add(sums, theirs, tiles.share + 1, last)
-                    self._store(sums, smem, place, group, thread, out)
+                    buffer = self._store(sums, smem, place, group, thread, out, buffer)
             else:
                 if cutlass.const_expr(config.cluster_k > 1):
                     of_cluster = self._add_in_cluster(sums, smem, tiles.rank_k, group * WARPGROUP + thread)
-                    self._store(of_cluster, smem, place, group, thread, out)
+                    buffer = self._store(of_cluster, smem, place, group, thread, out, buffer)
                 else:
-                    self._store(sums, smem, place, group, thread, out)
+                    buffer = self._store(sums, smem, place, group, thread, out, buffer)
+        if cutlass.const_expr(config.copies):
+            # Shared memory must outlive the copies that read it. Nobody waits until they have written D: the grid ends no
+            # earlier, and later kernels wait for that, and for all that it wrote to be seen; see `hopper`.
+            self._wait_for_copies(0, self._copies_units(thread))
 
     @cute.jit
     def _multiply(
@@ -1170,77 +1224,183 @@ class GroupedGemmSm90:
                     rA[(0, p % 2, p // 2), b, i] = hopper.mul_bf16x2_half(pairs[p], scale, step // 2)
 
     @cute.jit
-    def _store(self, sums: cute.Tensor, smem: _Smem, place: _Place, group: Any, thread: Any, out: _Out) -> None:
-        """Warpgroup: its blocks of sums, times alpha, a unit of tokens after the other, to D."""
+    def _store(
+        self, sums: cute.Tensor, smem: _Smem, place: _Place, group: Any, thread: Any, out: _Out, buffer: Any
+    ) -> Any:
+        """Warpgroup: its blocks of sums, times alpha, a unit of tokens after the other, to D.
+
+        Args:
+            sums: (2, 2, store_n / 8, blocks).
+            smem: see _Smem.
+            place: of the tile.
+            group, thread: who this is.
+            out: where to.
+            buffer: of the first unit.
+
+        Returns:
+            What buffer is for the next tile.
+        """
         config = self.config
-        sOut = smem.sOut[None, None, group]
+        copies_units = self._copies_units(thread) if config.copies else None
         for b in cutlass.range_constexpr(config.blocks_of_warpgroup):
             for unit in cutlass.range_constexpr(config.store_n // config.unit_tokens):
                 if unit * config.unit_tokens < place.num_tokens:
-                    # Behind this barrier the last unit has been read.
-                    cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-                    self._put(sums, sOut, b, unit, thread, place, out)
-                    cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-                    self._take(sOut, place, b, unit, thread, out)
+                    if cutlass.const_expr(config.epilogue == BF16):
+                        sOut = smem.sOut[None, None, buffer, group]
+                        self._store_sums(sums, sOut, b, unit, place, group, thread, copies_units, out)
+                        buffer = cutlass.select_(buffer == config.num_buffers - 1, cutlass.Int32(0), buffer + 1)
+                    else:
+                        sOut = smem.sOut[None, None, group]
+                        # Behind this barrier the last unit has been read.
+                        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+                        self._put(sums, sOut, b, unit, thread, place, out)
+                        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+                        self._take(sOut, place, b, unit, thread, out)
+        return buffer
+
+    @cute.jit
+    def _store_sums(
+        self,
+        sums: cute.Tensor,
+        sOut: cute.Tensor,
+        b: int,
+        unit: int,
+        place: _Place,
+        group: Any,
+        thread: Any,
+        copies_units: Any,
+        out: _Out,
+    ) -> None:
+        """Warpgroup: a unit of sums by way of its buffer, (unit_tokens, 64), to D: a box by a copy, a part by threads."""
+        config = self.config
+        if cutlass.const_expr(config.num_buffers == 1):
+            # Behind this barrier the last unit has been read. With two buffers, the barrier of the unit between says so.
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        self._put_sums(sums, sOut, b, unit, thread, place)
+        if cutlass.const_expr(config.copies):
+            cute.arch.fence_view_async_shared()
+            # Then all copies but those of the last num_buffers - 2 units have read theirs: the next unit's buffer is free
+            # behind the barrier. Threads had read it before they came to the last unit's.
+            self._wait_for_copies(config.num_buffers - 2, copies_units)
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
+        token, column = unit * config.unit_tokens, (place.block + b) * BLOCK_ROWS
+        if cutlass.const_expr(config.copies and config.one_group):
+            self._copy_box(sOut, place, token, column, copies_units, out)
+        elif cutlass.const_expr(config.copies):
+            # Behind a tile's last token, and behind an expert's last column, D may have others' results.
+            is_box = (token + config.unit_tokens <= place.num_tokens) & (column + BLOCK_ROWS <= out.n)
+            if is_box:
+                self._copy_box(sOut, place, token, column, copies_units, out)
+            else:
+                self._take_sums(sOut, place, token, column, thread, out)
+        else:
+            self._take_sums(sOut, place, token, column, thread, out)
+        if cutlass.const_expr(config.copies):
+            self._commit_copy(copies_units)
+
+    @cute.jit
+    def _put_sums(self, sums: cute.Tensor, sOut: cute.Tensor, b: int, unit: int, thread: Any, place: _Place) -> None:
+        """Writes a warp's 16 columns of a unit to shared memory: a matrix is rows g, or g + 8, of 8 tokens, transposed."""
+        chunks = self.config.unit_tokens // 8
+        at_once = min(chunks, 2)
+        # The thread's row of its matrix: 8 columns of a token, which the swizzle moves, so that 8 rows are in all banks.
+        lane = thread % WARP
+        token, part = lane // 16 % at_once * 8 + lane % 8, thread // WARP * 2 + lane // 8 % 2
+        address = sOut.iterator.toint() + token * TOKEN_BYTES + (part ^ lane % 8) * (BF16_UNIT * 2)
+        for first in cutlass.range_constexpr(0, chunks, at_once):
+            rSums = cute.make_rmem_tensor((2, 2, at_once), cutlass.Float32)
+            for chunk in cutlass.range_constexpr(at_once):
+                for h in cutlass.range_constexpr(2):
+                    for i in cutlass.range_constexpr(2):
+                        rSums[i, h, chunk] = sums[i, h, unit * chunks + first + chunk, b] * place.alphas[b][h]
+            rD = cute.make_rmem_tensor(rSums.shape, cutlass.BFloat16)
+            rD.store(rSums.load().to(cutlass.BFloat16))
+            pairs = cute.recast_tensor(rD, cutlass.Int32)
+            hopper.store_transposed(address + first * (8 * TOKEN_BYTES), [pairs[i] for i in range(2 * at_once)])
+
+    @cute.jit
+    def _copy_box(
+        self, sOut: cute.Tensor, place: _Place, token: Any, column: Any, copies_units: Any, out: _Out
+    ) -> None:
+        """The warp that copies: begins to copy a unit, to D from a token of the tile and a column on."""
+        box = (self.config.unit_tokens, BLOCK_ROWS)
+        corner = (cutlass.Int32(place.row + token), cutlass.Int32(place.expert * out.group_columns + column))
+        if copies_units:
+            gD = cute.local_tile(cute.domain_offset(corner, out.mD), box, (0, 0))
+            tDsD, tDgD = cpasync.tma_partition(
+                out.tma_d, 0, cute.make_layout(1), cute.group_modes(sOut, 0, 2), cute.group_modes(gD, 0, 2)
+            )
+            cute.copy(out.tma_d, tDsD, tDgD)
+
+    @cute.jit
+    def _commit_copy(self, copies_units: Any) -> None:
+        """The warp that copies: a unit is done; one without a copy too, as units are counted."""
+        if copies_units:
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def _wait_for_copies(self, num_last: int, copies_units: Any) -> None:
+        """The warp that copies: waits until shared memory has been read by all copies but those of so many last units."""
+        if copies_units:
+            cute.arch.cp_async_bulk_wait_group(num_last, read=True)
+
+    @cute.jit
+    def _copies_units(self, thread: Any) -> Any:
+        """Returns whether this is the warp of its warpgroup that copies: the first."""
+        return cute.arch.make_warp_uniform(thread // WARP) == 0
+
+    @cute.jit
+    def _take_sums(self, sOut: cute.Tensor, place: _Place, first: Any, column: Any, thread: Any, out: _Out) -> None:
+        """Stores what there is of a unit, to D from a token of the tile and a column on."""
+        parts = BLOCK_ROWS // BF16_UNIT
+        for start in cutlass.range_constexpr(0, self.config.unit_tokens * parts, WARPGROUP):
+            token, part = (start + thread) // parts, (start + thread) % parts
+            is_there = (first + token < place.num_tokens) & (column + part * BF16_UNIT < out.n)
+            if (token < self.config.unit_tokens) & is_there:
+                rD = cute.make_rmem_tensor(BF16_UNIT, cutlass.BFloat16)
+                cute.autovec_copy(cute.coalesce(cute.local_tile(sOut, (1, BF16_UNIT), (token, part))), rD)
+                self._write(rD, place, first + token, column + part * BF16_UNIT, out)
+
+    @cute.jit
+    def _write(self, rD: cute.Tensor, place: _Place, token: Any, column: Any, out: _Out) -> None:
+        """Stores neighbouring columns of a token of the tile."""
+        offset = (place.row + token) * out.row_stride + place.expert * out.group_columns + column
+        gD = cute.make_tensor(out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(cute.size(rD)))
+        cute.autovec_copy(rD, gD)
 
     @cute.jit
     def _put(
         self, sums: cute.Tensor, sOut: cute.Tensor, b: int, unit: int, thread: Any, place: _Place, out: _Out
     ) -> None:
-        """Writes a thread's sums of a unit, or the h they make, to shared memory, token by token."""
+        """Writes the h that a thread's sums of a unit make to shared memory, token by token."""
         config = self.config
-        g, t = thread % WARP // 4, thread % 4
-        if cutlass.const_expr(config.epilogue == BF16):
-            # (64 columns and padding, token) in BF16
-            pointer = cute.recast_ptr(sOut.iterator, dtype=cutlass.BFloat16)
-            sOut = cute.make_tensor(pointer, cute.make_layout((2 * TOKEN_WORDS, config.unit_tokens)))
-        column = thread // WARP * (8 if config.epilogue != BF16 else 16) + g
+        column, t = thread // WARP * 8 + thread % WARP // 4, thread % 4
         for j in cutlass.range_constexpr(config.unit_tokens // 8):
             chunk = unit * (config.unit_tokens // 8) + j
             for i in cutlass.range_constexpr(2):
-                token = 8 * j + 2 * t + i
                 low = sums[i, 0, chunk, b] * place.alphas[b][0]
                 high = sums[i, 1, chunk, b] * place.alphas[b][1]
-                if cutlass.const_expr(config.epilogue == BF16):
-                    sOut[column, token] = low.to(cutlass.BFloat16)
-                    sOut[column + 8, token] = high.to(cutlass.BFloat16)
-                else:
-                    sOut[column, token] = blackwell.swiglu(low, high, out.limit)
+                sOut[column, 8 * j + 2 * t + i] = blackwell.swiglu(low, high, out.limit)
 
     @cute.jit
     def _take(self, sOut: cute.Tensor, place: _Place, b: int, unit: int, thread: Any, out: _Out) -> None:
-        """Stores a unit: neighbouring threads have neighbouring columns of D."""
+        """Stores a unit of h: neighbouring threads have neighbouring columns of D."""
         config = self.config
-        columns_of_unit = BF16_UNIT if config.epilogue == BF16 else H_UNIT
-        of_block = BLOCK_ROWS if config.epilogue == BF16 else H_OF_BLOCK
-        units_of_token = of_block // columns_of_unit
-        num_columns = out.n if config.epilogue == BF16 else out.n // 2
-        words = TOKEN_WORDS
-        for start in cutlass.range_constexpr(0, config.unit_tokens * units_of_token, WARPGROUP):
-            token, part = (start + thread) // units_of_token, (start + thread) % units_of_token
+        parts = H_OF_BLOCK // H_UNIT
+        for start in cutlass.range_constexpr(0, config.unit_tokens * parts, WARPGROUP):
+            token, part = (start + thread) // parts, (start + thread) % parts
             tile_token = unit * config.unit_tokens + token
-            column = (place.block + b) * of_block + part * columns_of_unit
-            if (token < config.unit_tokens) & (tile_token < place.num_tokens) & (column < num_columns):
-                rD = cute.make_rmem_tensor(columns_of_unit, cutlass.BFloat16)
-                if cutlass.const_expr(config.epilogue == BF16):
-                    pointer = cute.recast_ptr(sOut.iterator, dtype=cutlass.BFloat16)
-                    layout = cute.make_layout(
-                        (BF16_UNIT, BLOCK_ROWS // BF16_UNIT, config.unit_tokens), stride=(1, BF16_UNIT, 2 * words)
-                    )
-                    cute.autovec_copy(cute.make_tensor(pointer, layout)[None, part, token], rD)
+            column = (place.block + b) * H_OF_BLOCK + part * H_UNIT
+            if (token < config.unit_tokens) & (tile_token < place.num_tokens) & (column < out.n // 2):
+                layout = cute.make_layout((H_UNIT, parts, config.unit_tokens), stride=(1, H_UNIT, TOKEN_WORDS))
+                rH = cute.make_rmem_tensor(H_UNIT, cutlass.Float32)
+                cute.autovec_copy(cute.make_tensor(sOut.iterator, layout)[None, part, token], rH)
+                rD = cute.make_rmem_tensor(H_UNIT, cutlass.BFloat16)
+                if cutlass.const_expr(config.epilogue == SWIGLU):
+                    rD.store(rH.load().to(cutlass.BFloat16))
                 else:
-                    layout = cute.make_layout(
-                        (H_UNIT, H_OF_BLOCK // H_UNIT, config.unit_tokens), stride=(1, H_UNIT, words)
-                    )
-                    rH = cute.make_rmem_tensor(H_UNIT, cutlass.Float32)
-                    cute.autovec_copy(cute.make_tensor(sOut.iterator, layout)[None, part, token], rH)
-                    if cutlass.const_expr(config.epilogue == SWIGLU):
-                        rD.store(rH.load().to(cutlass.BFloat16))
-                    else:
-                        rD.store(self._round(rH, out.mHScale[place.expert]).load())
-                offset = (place.row + tile_token) * out.row_stride + place.expert * out.group_columns + column
-                gD = cute.make_tensor(out.pointer + cute.assume(offset, BF16_UNIT), cute.make_layout(columns_of_unit))
-                cute.autovec_copy(rD, gD)
+                    rD.store(self._round(rH, out.mHScale[place.expert]).load())
+                self._write(rD, place, tile_token, column, out)
 
     @cute.jit
     def _round(self, rH: cute.Tensor, h_scale: cutlass.Float32) -> cute.Tensor:
@@ -1396,6 +1556,13 @@ class GroupedGemmSm90:
             stride=((row, octet), column_stride, tokens * row, stage),
         )
 
+    def _out_smem_layout(self) -> Any:
+        """Returns (unit_tokens, 64, buffer, warpgroup) of BF16 in the 128-byte swizzle."""
+        config = self.config
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, cutlass.BFloat16)
+        shape = (config.unit_tokens, BLOCK_ROWS, config.num_buffers, config.num_consumers)
+        return cute.tile_to_shape(atom, shape, order=(0, 1, 2, 3))
+
     def _allocate_smem(self) -> _Smem:
         config = self.config
         smem = memory.SmemAllocator()
@@ -1407,13 +1574,19 @@ class GroupedGemmSm90:
         # Sums take the place of the larger part of the stages.
         stages = sX if 2 * config.tile_n * TILE_K > config.blocks * BLOCK_BYTES else sW
         shape = (4, config.consumer_threads, config.blocks_of_warpgroup, config.store_n // 8, config.cluster_k)
+        sSFW = smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128)
+        if config.epilogue == BF16:
+            # All before is whole periods of the swizzle.
+            out_layout = self._out_smem_layout()
+            sOut = smem.allocate_tensor(cutlass.BFloat16, out_layout.outer, SWIZZLE_BYTES, out_layout.inner)
+        else:
+            out_layout = cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers))
+            sOut = smem.allocate_tensor(cutlass.Float32, out_layout, 128)
         return _Smem(
             sW=sW,
-            sSFW=smem.allocate_tensor(cutlass.Int32, cute.make_layout((BLOCK_SF_BYTES // 4, *blocks)), 128),
+            sSFW=sSFW,
             sX=sX,
-            sOut=smem.allocate_tensor(
-                cutlass.Float32, cute.make_layout((TOKEN_WORDS, config.unit_tokens, config.num_consumers)), 128
-            ),
+            sOut=sOut,
             sSums=cute.make_tensor(cute.recast_ptr(stages.iterator, dtype=cutlass.Float32), cute.make_layout(shape)),
             sTile=None
             if config.one_group

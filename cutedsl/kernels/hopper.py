@@ -206,3 +206,20 @@ def store_peer(address: Any, values: list[Any], mbarrier: Any) -> None:
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
         read_only_args=[address, *values, mbarrier],
     )
+
+
+def store_transposed(address: Any, pairs: list[Any]) -> None:
+    """Stores 8x8 matrices of 16-bit numbers that a warp has as MMAs leave them, column by column, to shared memory.
+
+    Args:
+        address: Int32 - of 16 bytes, where a column of a matrix goes: of thread 8 m + c, of column c of matrix m. Of threads
+            behind the last matrix it is anything.
+        pairs: 2 or 4 Int32, a matrix each: thread 4 g + t has what is in row g in columns 2 t and 2 t + 1.
+
+    Source: PTX ISA, "stmatrix".
+    """
+    registers = ", ".join(f"{{$r{1 + i}}}" for i in range(len(pairs)))
+    cute.arch.inline_ptx(
+        f"stmatrix.sync.aligned.m8n8.x{len(pairs)}.trans.shared.b16 [{{$r0}}], {{{registers}}};",
+        read_only_args=[cutlass.Int32(address), *pairs],
+    )

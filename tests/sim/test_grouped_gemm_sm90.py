@@ -435,7 +435,7 @@ def test_shared_tiles_give_the_same_bits_each_time() -> None:
 # ---- where rows and columns go --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [BF16_CONFIGS[0], BF16_CONFIGS[4], EVEN_CONFIGS[0]], ids=name)
+@pytest.mark.parametrize("config", [*(BF16_CONFIGS[i] for i in (0, 3, 4)), EVEN_CONFIGS[0]], ids=name)
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_groups_of_columns(config: Config, tokens: int) -> None:
     # As wo_a: all tokens in every group, and group g's result is columns g * n of the tokens' rows, in a wider matrix.
@@ -451,6 +451,27 @@ def test_groups_of_columns(config: Config, tokens: int) -> None:
     assert torch.equal(d, expected.bfloat16())
     wide[:, 8 : 8 + groups * n].view(torch.uint8).fill_(CANARY)
     assert (wide_bytes == CANARY).all(), "something beside D was written"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        small(BF16, 128, 8, one_group=True),
+        small(BF16, 256, 128, one_group=True),
+        small(BF16, 128, 64, one_group=True, even=True),
+        small(BF16, 128, 16, one_group=True, cluster_k=2),
+    ],
+    ids=name,
+)
+def test_one_group_in_a_larger_matrix(config: Config) -> None:
+    # Boxes end behind the last token and the last column.
+    tokens, n = 73, 136
+    problem = as_one_group(make_problem((tokens,), n, 544, BF16))
+    larger, larger_bytes = poisoned(tokens + 20, n + 24, torch.bfloat16)
+    launch(config, problem, larger[:, 8 : 8 + n], None, "random", 0, max_active_clusters=3)
+    assert torch.equal(larger[:tokens, 8 : 8 + n], problem.y.bfloat16())
+    larger[:tokens, 8 : 8 + n].view(torch.uint8).fill_(CANARY)
+    assert (larger_bytes == CANARY).all(), "something beside the result was written"
 
 
 def test_columns_of_h_in_a_wider_matrix() -> None:
@@ -828,6 +849,23 @@ GOOD = Config(BF16, 128, 8, 3)
 def test_impossible_configs_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(GOOD.validate(), **changes).validate()
+
+
+@pytest.mark.parametrize(
+    ("config", "num_buffers"),
+    [
+        # As much as fits beside the stages, up to all units of a tile, or MAX_BUFFERS.
+        (gemm.largest_config(BF16, 256, 128, one_group=True), 5),
+        (gemm.largest_config(BF16, 256, 144, cluster_w=2), 1),
+        (small(BF16, 256, 8), 2),
+        (small(BF16, 256, 160), gemm.MAX_BUFFERS),
+        (small(SWIGLU, 256, 128), 1),
+    ],
+)
+def test_buffers_take_what_stages_leave(config: Config, num_buffers: int) -> None:
+    assert config.num_buffers == num_buffers
+    assert config.copies == (num_buffers > 2)
+    assert config.validate().smem_bytes <= gemm.ARCHS[config.arch].smem_bytes
 
 
 def test_unknown_arch() -> None:

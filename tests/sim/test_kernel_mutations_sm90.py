@@ -35,8 +35,31 @@ quantized = kernel("swiglu_nvfp4", ((9, 0, 3), 160, 272, 1), "swiglu_nvfp4", 128
 even = kernel("bf16, even", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 8, even=True)
 one_group = kernel("bf16, one group", ((9,), 136, 544, 1), "bf16", 128, 8)
 flagged = kernel("bf16, even with flags", ((9, 0, 3), 136, 1152, 5), "bf16", 128, 64, even=True)
+# Few steps of K: stages do not keep the warps together.
+short = kernel("bf16, one step of K", ((9, 0, 3), 136, 96, 1), "bf16", 128, 8)
+small_units = kernel("bf16, units of 8 tokens", ((45, 0, 3), 72, 288, 1), "bf16", 128, 48, cluster_k=2)
+# CTAs run one by one, those of the last group first: nobody mends what the others do to its columns.
+larger = Kernel(
+    "bf16, columns of others",
+    "grouped_gemm_sm90",
+    gemm_test,
+    "gemm",
+    lambda module, policy, seed: gemm_test.test_groups_of_columns(
+        module.Config("bf16", 128, 64, num_stages=2, even=True), 20
+    ),
+)
+part = Kernel(
+    "bf16, one group in a larger matrix",
+    "grouped_gemm_sm90",
+    gemm_test,
+    "gemm",
+    lambda module, policy, seed: gemm_test.test_one_group_in_a_larger_matrix(
+        module.Config("bf16", 256, 128, num_stages=2, one_group=True)
+    ),
+)
 shared = kernel("bf16, shared in a cluster", ((20,), 72, 544, 1), "bf16", 128, 16, cluster_k=2, one_group=True)
 
+COPIED = "race | in-flight-access"
 RACE = "race | in-flight-access | uninitialised-read | barrier-overarrival | deadlock"
 PLAIN = [
     source(
@@ -85,8 +108,15 @@ PLAIN = [
         "alpha = out.mAlpha[expert, w_row // (out.n",
         "alpha = out.mAlpha[0, w_row // (out.n",
     ),
-    source("one token too many stored", WRONG, "(tile_token < place.num_tokens)", "(tile_token <= place.num_tokens)"),
-    source("last column left out", WRONG, "(column < num_columns)", "(column < num_columns - 8)"),
+    source(
+        "one token too many stored", WRONG, "(first + token < place.num_tokens)", "(first + token <= place.num_tokens)"
+    ),
+    source(
+        "last column left out",
+        WRONG,
+        "(column + part * BF16_UNIT < out.n)",
+        "(column + part * BF16_UNIT < out.n - 8)",
+    ),
     source("sums of the tile before kept", WRONG, "            sums.fill(0.0)\n", ""),
     source(
         "tokens are counted before the wait",
@@ -95,6 +125,81 @@ PLAIN = [
         "",
     ),
     source("tokens of another tile", WRONG, "% num_token_tiles * tile_tokens", "% 1 * tile_tokens"),
+]
+COPIES = [
+    source(
+        "copied before it can be seen", "missing-proxy-fence", "            cute.arch.fence_view_async_shared()\n", ""
+    ),
+    source(
+        "copied before all have written",
+        f"{RACE} | missing-proxy-fence",
+        "            self._wait_for_copies(config.num_buffers - 2, copies_units)\n"
+        "        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)\n",
+        "            self._wait_for_copies(config.num_buffers - 2, copies_units)\n",
+    ),
+    source(
+        "buffer is written while it is copied",
+        COPIED,
+        "self._wait_for_copies(config.num_buffers - 2, copies_units)",
+        "pass",
+    ),
+    source(
+        "a copy too many under way",
+        COPIED,
+        "self._wait_for_copies(config.num_buffers - 2, copies_units)",
+        "self._wait_for_copies(config.num_buffers - 1, copies_units)",
+    ),
+    source(
+        "units with copies alone are counted",
+        COPIED,
+        "self._commit_copy(copies_units)",
+        "self._commit_copy(copies_units & (token + config.unit_tokens <= place.num_tokens))",
+    ),
+    source("swizzle left out", WRONG, "(part ^ lane % 8)", "part"),
+    source(
+        "tokens in the other order",
+        WRONG,
+        "lane // 16 % at_once * 8 + lane % 8, thread",
+        "(1 - lane // 16 % at_once) * 8 + lane % 8, thread",
+    ),
+    source(
+        "columns 8 on exchanged", WRONG, "thread // WARP * 2 + lane // 8 % 2", "thread // WARP * 2 + 1 - lane // 8 % 2"
+    ),
+    source(
+        "box reaches behind the last token",
+        WRONG,
+        "(token + config.unit_tokens <= place.num_tokens) & ",
+        "(token < place.num_tokens) & ",
+    ),
+]
+LARGER = [
+    source("box reaches another's columns", WRONG, "(column + BLOCK_ROWS <= out.n)", "(column < out.n)"),
+    source("columns of the first expert", WRONG, "place.expert * out.group_columns + column))", "column))"),
+]
+SHORT = [
+    source(
+        "the only buffer is written while it is read",
+        RACE,
+        "        if cutlass.const_expr(config.num_buffers == 1):\n",
+        "        if cutlass.const_expr(False):\n",
+    ),
+]
+SMALL_UNITS = [
+    source(
+        "more tokens stored than a unit has",
+        f"{RACE} | {WRONG}",
+        "(token < self.config.unit_tokens) & is_there",
+        "is_there",
+    ),
+]
+PART = [
+    source(
+        "ends while shared memory is copied",
+        "shared-in-use-at-exit",
+        "            self._wait_for_copies(0, self._copies_units(thread))\n\n    @cute.jit\n    def _multiply",
+        "            pass\n\n    @cute.jit\n    def _multiply",
+    ),
+    source("map of all rows of D", WRONG, "cute.make_layout((num_rows, n), stride=mD.stride)", "mD.layout"),
 ]
 PAIR = [
     source(
@@ -245,6 +350,11 @@ MUTANTS = [
     (plain, PLAIN),
     (pair, PAIR),
     (widths, WIDTHS),
+    (widths, COPIES),
+    (short, SHORT),
+    (small_units, SMALL_UNITS),
+    (larger, LARGER),
+    (part, PART),
     (lots, LOTS),
     (quantized, QUANTIZED),
     (even, EVEN),

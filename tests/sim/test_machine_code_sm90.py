@@ -52,3 +52,4 @@ def test_mmas_overlap(tmp_path: Path, config: Config) -> None:
     threads = config.consumer_threads + gemm.WARPGROUP
     assert found.registers == SM_REGISTERS // threads // 8 * 8
     assert found.local == found.stack == 0, "sums or weights are in memory"
+    assert found.dynamic_smem <= config.smem_bytes
