@@ -126,17 +126,18 @@ def run(worker: Any, status: Status) -> None:
         "NVFP4 warm-up: steps of %s tokens, %d ways to sample, %d schedules, %.1f s",
         [size for size in sizes if size not in left], len(ways), len(schedules), time.perf_counter() - started,
     )  # fmt: skip
-    _warn_of_the_rest(left, limit, (model.hf_config.index_topk + 1) * INDEXER_RATIO)
+    chooses_from = (model.hf_config.index_topk + 1) * INDEXER_RATIO
+    _warn_of_the_rest(left, limit, chooses_from if chooses_from <= model.max_model_len else None)
 
 
-def _warn_of_the_rest(left: list[int], limit: int, chooses_from: int) -> None:
+def _warn_of_the_rest(left: list[int], limit: int, chooses_from: int | None) -> None:
     if left:
         logger.warning(
             "NVFP4 warm-up: steps of %s tokens were not run: vLLM has too few KV blocks for them, or serves one request at a "
             "time; scripts/warmup.py sends them",
             left,
         )
-    elif limit <= chooses_from:
+    elif chooses_from is not None and limit <= chooses_from:
         logger.warning(
             "NVFP4 warm-up: no step of at most %d tokens makes the indexer choose, as prompts of %d tokens do; raise "
             "--max-num-batched-tokens, or send one with scripts/warmup.py",

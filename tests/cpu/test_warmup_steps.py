@@ -124,13 +124,22 @@ def test_all_is_run_and_counted(calls: list[Any], caplog: pytest.LogCaptureFixtu
     assert said[1].startswith("NVFP4 warm-up: steps of [64] tokens were not run")
 
 
-@pytest.mark.parametrize(("tokens", "is_warned"), [(4100, True), (4101, False)])
+@pytest.mark.parametrize(
+    ("tokens", "max_len", "is_warned"),
+    [(4100, 100_000, True), (4101, 100_000, False), (2048, 4100, True), (4099, 4099, False)],
+)
 def test_a_step_too_short_for_the_indexer_is_said(
-    calls: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tokens: int, is_warned: bool
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tokens: int,
+    max_len: int,
+    is_warned: bool,
 ) -> None:
-    """Its prefill has one token less than the step, and 1025 entries of 4 tokens are the first that 1024 are chosen from."""
+    """Its prefill has one token less than the step, and 1025 entries of 4 tokens are the first that 1024 are chosen from;
+    who serves none so long needs none."""
     monkeypatch.setattr(steps, "_prefill", lambda *_: True)
-    steps.run(worker(tokens), Beats())
+    steps.run(worker(tokens, max_len), Beats())
     assert [record.getMessage().startswith("NVFP4 warm-up: no step") for record in caplog.records] == [True] * is_warned
 
 
