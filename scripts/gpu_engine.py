@@ -42,7 +42,7 @@ MIXED_OUTPUT_TOKENS = (8, 32)
 FIRST_TOKEN_ID = 16
 POLL_S = 0.02
 # Requests side by side are summed in other orders, and of random weights the best tokens are near each other: another token
-# is no error if its log-probability was so near the best one's. Stock vLLM's kernels differ from themselves by as much.
+# is no error if its log-probability was so near the best one's.
 NEAR_TIE, NUM_LOGPROBS = 0.5, 5
 # By vLLM's names of parameters, first match; the plan's classes, found without the plan's own table.
 CLASSES = (
@@ -73,6 +73,11 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=4096, help="as vLLM's flag")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="as vLLM's flag")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5, help="as vLLM's flag")
+    parser.add_argument(
+        "--kv-cache-memory-bytes",
+        type=int,
+        help="as vLLM's flag: on a GPU with other work; memory is not compared then",
+    )
     parser.add_argument(
         "--cudagraph-mode", default="FULL_AND_PIECEWISE", help="vLLM's compilation_config.cudagraph_mode"
     )
@@ -397,6 +402,7 @@ class Run:
         arguments: dict[str, Any] = {"distributed_executor_backend": "uni"}
         if not self.args.cpu_rehearsal:
             arguments["gpu_memory_utilization"] = self.args.gpu_memory_utilization
+            arguments["kv_cache_memory_bytes"] = self.args.kv_cache_memory_bytes
             arguments["compilation_config"] = {"cudagraph_mode": self.args.cudagraph_mode}
         llm = LLM(
             model=str(self.args.model), max_model_len=self.args.max_model_len, max_num_seqs=self.args.max_num_seqs,
@@ -560,7 +566,8 @@ class Run:
         self.part("alone_together", self.compare, "alone_together", "before", "together")
         self.part("before_after", self.compare, "before_after", "before", "after")
         self.part("against", self.against)
-        self.part("memory", self.memory)
+        if not args.kv_cache_memory_bytes:
+            self.part("memory", self.memory)
         self.found["total_s"] = time.monotonic() - process_started_s()
         self.part("table", lambda: print("\n".join(table(self.found))))
 
