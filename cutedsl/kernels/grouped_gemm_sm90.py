@@ -63,11 +63,11 @@ about square and what they read stays in L2.
 
 Results. While results are stored, tensor cores idle. So in BF16, `stmatrix` turns the sums of two tokens into neighbouring
 columns in shared memory, and with two buffers there a unit of tokens has one barrier, which says that the unit is written
-and that the next one's buffer is free. Where a CTA goes on to further tiles (`copies`), units leave by copies (TMA) of 16
-tokens by 64 columns: the warp that begins them waits, before it comes to the barrier, for the copy that has read the next
-buffer, and with as many buffers as fit beside the stages that is an old one. A copy writes all of its box. Of a single group
-the tensor map ends where the group does; otherwise D may have others' results behind a tile's last token, or behind an
-expert's last column, and a unit with these is stored by threads.
+and that the next one's buffer is free. Where a CTA goes on to further tiles (`copies`), units leave by copies (TMA): the warp
+that begins them waits, before it comes to the barrier, for the copy that has read the next buffer; there are as many buffers
+as fit beside the stages. A copy writes all of its box. Of a single group the tensor map ends where the group does; otherwise
+D may have others' results behind a tile's last token, or behind an expert's last column, and a unit with these is stored by
+threads.
 
 Padding: rows of X behind a group's last are computed as columns of their own and not stored; of D exactly the groups'
 rows are written. Columns of X behind k are zeros from TMA, as are weights there from `prepare_sm90`.
@@ -142,10 +142,8 @@ CONSUMER_REGISTERS = {2: 232, 4: 112}
 LOAD_REGISTERS = {2: 40, 4: 32}
 
 # Tokens whose results pass through shared memory at a time. In BF16 there are more buffers than one, at most so many.
-UNIT_TOKENS = {BF16: 16, SWIGLU: 32, SWIGLU_NVFP4: 32}
+UNIT_TOKENS = {BF16: 32, SWIGLU: 32, SWIGLU_NVFP4: 32}
 MAX_BUFFERS = 8
-# With fewer, a copy would have to be waited for before the next is begun.
-MIN_COPY_BUFFERS = 3
 # What a token takes there: the 64 columns of a block in BF16, one period of the swizzle; or its 32 h in FP32, and 4 words so
 # that tokens start in different banks.
 TOKEN_BYTES, TOKEN_WORDS = 128, 32 + 4
@@ -263,7 +261,7 @@ class Config:
     @property
     def copies(self) -> bool:
         """Results leave by copies: other than stores they are begun at once, but take longer if nothing follows."""
-        return self.epilogue == BF16 and self.cluster_k == 1 and self.num_buffers >= MIN_COPY_BUFFERS
+        return self.epilogue == BF16 and self.cluster_k == 1 and self.num_buffers > 1
 
     @property
     def sums_of_thread(self) -> int:
@@ -484,27 +482,26 @@ def _splits(tokens: int) -> tuple[_Split, ...]:
         )
     if tokens <= MANY_TOKENS:
         return (
-            _Split(256, LARGE_TILE_N, 1.170, 4.01),
-            _Split(256, 96, 0.979, 3.04, 0.56),
-            _Split(128, 256, 1.290, 2.02, 3.12),
-            _Split(128, 192, 0.903, 2.33, 0.44),
-            _Split(128, LARGE_TILE_N, 0.616, 2.13, 1.30),
-            _Split(128, 96, 0.545, 1.47, 1.50),
-            _Split(128, 64, 0.449, 1.43, 1.97),
-            _Split(128, LARGE_TILE_N, 0.717, 6.17, 1.56, 0.55, even=True),
-            _Split(128, LARGE_TILE_N, 0.641, 5.61, cluster_k=2),
-            _Split(128, LARGE_TILE_N, 0.629, 4.85, 1.20, cluster_k=4),
-            _Split(128, LARGE_TILE_N, 0.644, 4.93, 1.36, cluster_k=8),
-            _Split(128, 96, 0.543, 4.63, 0.80, cluster_k=2),
-            _Split(128, 64, 0.469, 4.35, cluster_k=2),
-            _Split(128, 64, 0.476, 3.22, 1.04, cluster_k=4),
+            _Split(256, LARGE_TILE_N, 1.132, 3.83, 1.22),
+            _Split(256, 96, 1.008, 2.67, 0.23),
+            _Split(128, 256, 1.230, 3.22, 1.55),
+            _Split(128, 192, 0.889, 2.96),
+            _Split(128, LARGE_TILE_N, 0.632, 1.99, 0.83),
+            _Split(128, 96, 0.564, 1.15, 1.48),
+            _Split(128, 64, 0.494, 1.00, 1.90),
+            _Split(128, LARGE_TILE_N, 0.710, 6.21, 1.30, 0.62, even=True),
+            _Split(128, LARGE_TILE_N, 0.670, 5.18, 0.27, cluster_k=2),
+            _Split(128, LARGE_TILE_N, 0.659, 5.28, 0.62, cluster_k=4),
+            _Split(128, 96, 0.563, 4.28, 1.13, cluster_k=2),
+            _Split(128, 64, 0.473, 3.68, 0.70, cluster_k=2),
+            _Split(128, 64, 0.512, 3.41, 0.93, cluster_k=4),
         )
     return (
-        _Split(256, LARGE_TILE_N, 1.336, 2.98),
-        _Split(256, 96, 1.207, 2.25),
-        _Split(128, 256, 1.682, 0.29),
-        _Split(128, 192, 1.072, 1.79),
-        _Split(128, LARGE_TILE_N, 0.760, 1.49),
+        _Split(256, 160, 1.687, 2.08),
+        _Split(256, LARGE_TILE_N, 1.319, 1.74),
+        _Split(128, 256, 1.413, 0.24),
+        _Split(128, 192, 0.969, 1.35),
+        _Split(128, LARGE_TILE_N, 0.720, 1.28),
     )
 
 

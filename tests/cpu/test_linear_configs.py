@@ -111,7 +111,10 @@ def test_rows_of_the_repository(
     assert "128xN,even" in capsys.readouterr().out
     rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["m"] in configs.MS]
     fits = configs.fit(rows)
-    for tokens, cls in (gemm.MANY_TOKENS, f"to {gemm.MANY_TOKENS}"), (gemm.MANY_TOKENS + 1, f"above {gemm.MANY_TOKENS}"):
+    for tokens, cls in (
+        (gemm.MANY_TOKENS, f"to {gemm.MANY_TOKENS}"),
+        (gemm.MANY_TOKENS + 1, f"above {gemm.MANY_TOKENS}"),
+    ):
         for split in gemm._splits(tokens):
             tile = f"{split.tile_w}x{'N' if split.tile_n == gemm.LARGE_TILE_N else split.tile_n}"
             spec = tile + ",even" * split.even + f",k{split.cluster_k}" * (split.cluster_k > 1)
