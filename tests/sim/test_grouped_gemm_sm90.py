@@ -855,16 +855,16 @@ def test_impossible_configs_are_refused(changes: dict[str, Any], message: str) -
     ("config", "num_buffers"),
     [
         # As much as fits beside the stages, up to all units of a tile, or MAX_BUFFERS.
-        (gemm.largest_config(BF16, 256, 128, one_group=True), 5),
+        (gemm.largest_config(BF16, 256, 128, one_group=True), 2),
         (gemm.largest_config(BF16, 256, 144, cluster_w=2), 1),
         (small(BF16, 256, 8), 2),
-        (small(BF16, 256, 160), gemm.MAX_BUFFERS),
+        (small(BF16, 256, 112), gemm.MAX_BUFFERS),
         (small(SWIGLU, 256, 128), 1),
     ],
 )
 def test_buffers_take_what_stages_leave(config: Config, num_buffers: int) -> None:
     assert config.num_buffers == num_buffers
-    assert config.copies == (num_buffers > 2)
+    assert config.copies == (num_buffers > 1)
     assert config.validate().smem_bytes <= gemm.ARCHS[config.arch].smem_bytes
 
 
