@@ -436,7 +436,7 @@ def test_shared_tiles_give_the_same_bits_each_time() -> None:
 
 
 @pytest.mark.parametrize("config", [*(BF16_CONFIGS[i] for i in (0, 3, 4)), EVEN_CONFIGS[0]], ids=name)
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, 20, 40])
 def test_groups_of_columns(config: Config, tokens: int) -> None:
     # As wo_a: all tokens in every group, and group g's result is columns g * n of the tokens' rows, in a wider matrix.
     groups, n, padded = 3, 72, 128

@@ -45,7 +45,7 @@ larger = Kernel(
     gemm_test,
     "gemm",
     lambda module, policy, seed: gemm_test.test_groups_of_columns(
-        module.Config("bf16", 128, 64, num_stages=2, even=True), 20
+        module.Config("bf16", 128, 64, num_stages=2, even=True), 40
     ),
 )
 part = Kernel(
@@ -124,7 +124,7 @@ PLAIN = [
         "            if constant_rows == 0:\n                hopper.wait_for_prerequisites()\n",
         "",
     ),
-    source("tokens of another tile", WRONG, "% num_token_tiles * tile_tokens", "% 1 * tile_tokens"),
+    source("tokens of another tile", WRONG, "% in_band) * tile_tokens", "% 1) * tile_tokens"),
 ]
 COPIES = [
     source(
@@ -225,8 +225,8 @@ WIDTHS = [
     source(
         "tile begins where wide ones would",
         WRONG,
-        "% num_token_tiles * tile_tokens",
-        "% num_token_tiles * self.config.tile_n",
+        "% in_band) * tile_tokens",
+        "% in_band) * self.config.tile_n",
     ),
     source(
         "last unit of tokens not loaded",
