@@ -9,7 +9,8 @@ The hard part is to depend on none of these kernels' keys: prefills and ways are
 functions that vLLM warms up with, and only how many tokens or which sampling is ours. They come before the first capture,
 as vLLM's own do: a workspace that grows later frees what graphs point at. docs/warmup.md has what is left after this.
 
-Not verified on hardware: on a CPU the steps were run with the real engine, where they compile nothing.
+Behind them an H200 compiled nothing more in 208 mixed requests; what the sweep of a server found, users between two and the
+most that sample by top-p, is in docs/warmup.md. Not verified on hardware: compute capability 10.0.
 """
 
 import functools
