@@ -21,6 +21,8 @@ from ptxsim.tensormap import Interleave, OobFill, Swizzle, TensorMap, swizzle_of
 
 Bytes = npt.NDArray[np.uint8]
 
+# A tensor map's address has so many bits: CuTe DSL puts no more there of a pointer that it moves below 0.
+ADDRESS_MASK = (1 << 57) - 1
 # A dtype of 16 bytes: chunks are moved, never looked at.
 CHUNK = np.dtype(np.complex128)
 _NAN = np.array([0xF7, 0x7F], np.uint8)  # every 16 bits of the NaN fill, of whatever type (seen on an H200)
@@ -118,6 +120,9 @@ class Box:
             shape.append(high - low)
             strides.append(step * stride)
             slices.append(slice(low, high))
+        # A map may begin before address 0 of which only what is behind it is used: QuACK's ragged tensors, on low addresses.
+        beyond = first & ~ADDRESS_MASK
+        first, end = first - beyond, end - beyond
         return Clip(first, end, tuple(shape[::-1]), tuple(strides[::-1]), None if whole else tuple(slices[::-1]))
 
     def aligned(self, coordinates: list[int]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ptxsim.boxes import Box
 from ptxsim.tensormap import (
     ELEMENT_TYPES,
     Interleave,
@@ -319,3 +320,19 @@ def test_ranks_that_cute_packs(pack, rank):
     assert (tensor_map.dims, tensor_map.box) == (shape, tile)
     assert tensor_map.strides_bytes == tuple(2 * stride for stride in strides[1:])
     assert encode(tensor_map)[:64] == meaningful_bytes(data)
+
+
+@pytest.mark.parametrize("shifted_rows", [0, 2**30])
+def test_a_map_that_begins_before_address_zero(shifted_rows):
+    """Of a ragged tensor QuACK moves the pointer back by 2^30 rows, and adds them in a coordinate: 57 bits are kept."""
+    address = 0x1E448B00
+    ragged = TensorMap(
+        global_address=(address - shifted_rows * 256) % 2**57,
+        dtype="bf16",
+        dims=(128, 2**30, 2**31 - 1),
+        strides_bytes=(256, 256),
+        box=(64, 8, 1),
+        element_strides=(1, 1, 1),
+    )
+    clip = Box(ragged).clip([0, 0, shifted_rows + 5])
+    assert (clip.first, clip.end) == (address + 5 * 256, address + 5 * 256 + 7 * 256 + 128)
