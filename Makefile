@@ -20,7 +20,7 @@ serve: env  ## a server on :8000 with a small checkpoint made on the spot; print
 
 test: env .conformance/.stamp  ## everything that needs no GPU: lint, types, tests
 	@$(MAKE) --no-print-directory lint
-	@$(TEST_ENV) $(PY) -m pytest tests/cpu tests/sim -n 2 --dist loadfile
+	@$(TEST_ENV) $(PY) -m pytest tests/cpu tests/sim -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: env  ## tests/cpu without the ones that start an engine
 	@$(TEST_ENV) $(PY) -m pytest tests/cpu -m "not engine"
